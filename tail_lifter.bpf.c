@@ -1,0 +1,1003 @@
+// SPDX-License-Identifier: (GPL-2.0-only OR MIT)
+/* tail_lifter.bpf.c: the datapath of TailLifter.
+ *
+ *            VPN interface (tailscale0)                     the host's stack
+ *
+ *  client ──▶ from_tailnet (ingress) ── client ▸ pod ──▶ conntrack, policies, routes ──▶ pod
+ *             parse ▸ flow? ▸ service ▸ backend ▸ flow ▸ rewrite
+ *
+ *  client ◀── to_tailnet (egress) ◀──── pod ▸ client ── conntrack, policies, routes ◀── pod
+ *             parse ▸ flow? ▸ rewrite
+ *
+ * The stack sees client <-> pod in both directions and nothing of the service,
+ * so whatever filters or tracks connections there keeps its say. Packets that
+ * are not ours go on untouched to whoever is attached after us.
+ *
+ * A packet is parsed once, into struct packet, with both families as 16-byte
+ * addresses; behind the parser only the writers ask for the family. Each door
+ * exists for links without a link-layer header (TUN) and for Ethernet: one body,
+ * specialised by the offset of the IP header.
+ *
+ * Maps (tail_lifter.h has their keys and values; the agent writes the first
+ * four, the datapath the others):
+ *   svc_map   address, port, protocol -> service        net_map   ranges of addresses
+ *   set_map   backends, in chunks                       text_map  names, for --status only
+ *   ct_map    flows: a pair of entries each (LRU)       aff_map   session affinity (LRU)
+ *   frag_map  ports of fragmented datagrams (LRU)       stat_map  a counter for each reason
+ *
+ * Every packet leaves through open_door(), with a reason out of TL_REASONS.
+ * No CO-RE, kfuncs, bpf_loop, timers or callbacks: it loads on 5.10 without BTF.
+ */
+#include <stdbool.h>
+#include <linux/bpf.h>
+#include <linux/icmpv6.h>
+#include <linux/if_ether.h>
+#include <linux/if_packet.h>
+#include <linux/in.h>
+#include <linux/ip.h>
+#include <linux/ipv6.h>
+#include <linux/pkt_cls.h>
+#include <linux/tcp.h>
+#include <linux/udp.h>
+#include <bpf/bpf_endian.h>
+#include <bpf/bpf_helpers.h>
+
+#include "tail_lifter.h"
+
+/* linux/icmp.h, which brings half of the C library with it */
+enum { ICMP_ECHOREPLY = 0, ICMP_DEST_UNREACH = 3, ICMP_PORT_UNREACH = 3, ICMP_ECHO = 8 };
+
+#define __inline_always static inline __attribute__((always_inline))
+
+/* === configuration ======================================================== */
+const volatile __u64 tl_hz = 250; /* jiffies in a second; the agent sets it before loading */
+
+/* === maps ================================================================= */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, TL_MAX_SERVICES);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct tl_svc_key);
+	__type(value, struct tl_svc);
+} svc_map SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, TL_MAX_CHUNKS);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct tl_set_key);
+	__type(value, struct tl_chunk);
+} set_map SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, TL_MAX_TEXTS);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct tl_text_key);
+	__type(value, struct tl_text);
+} text_map SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(max_entries, TL_MAX_NETS);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct tl_net_key);
+	__type(value, __u32);
+} net_map SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, TL_FLOWS);
+	__type(key, struct tl_tuple);
+	__type(value, struct tl_flow);
+} ct_map SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, TL_AFFINITIES);
+	__type(key, struct tl_affinity_key);
+	__type(value, struct tl_affinity);
+} aff_map SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, TL_FRAGMENTS);
+	__type(key, struct tl_frag_key);
+	__type(value, struct tl_frag);
+} frag_map SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, TL_MAX_REASONS);
+	__type(key, __u32);
+	__type(value, __u64);
+} stat_map SEC(".maps");
+
+/* The agent's own notes, for --status when it is gone; unused here, but a map
+ * that the object declares is created, pinned and adopted with the others. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct tl_agent);
+} agent_map SEC(".maps");
+
+/* === reasons ============================================================== */
+__inline_always void count(enum tl_reason reason)
+{
+	__u32 key = reason;
+	__u64 *n = bpf_map_lookup_elem(&stat_map, &key);
+
+	if (n)
+		(*n)++;
+}
+
+/* What is done with a packet. */
+enum fate { PASS, DROP, REFUSE, ECHO };
+
+__inline_always enum fate fate_of(enum tl_reason reason)
+{
+	switch (reason) {
+#define CASE(name, key, fate, text) \
+	case TL_##name:             \
+		return fate;
+		TL_REASONS(CASE)
+#undef CASE
+	default:
+		return PASS;
+	}
+}
+
+/* === packet and parse =====================================================
+ * What is known of the packet at hand is kept in a map, not on the stack: the
+ * stack has 512 bytes, and the verifier, which knows nothing of what a map
+ * holds, walks the rest of the program once and not for each way through the
+ * parser. Per CPU is enough: nothing interrupts a tc program with another one. */
+struct packet {
+	struct tl_tuple tuple; /* of the outermost IP header; ports 0 until parse_ports */
+	__u32 l3, l4, end;     /* offsets of the IP header, of what it carries, of its end */
+	__u32 frag_id;
+	bool v6;
+	bool fragment; /* part of a fragmented datagram ... */
+	bool later;    /* ... and not its first: it has no ports */
+	bool odd;      /* headers we cannot follow: not to be steered, see parse_ip */
+	bool syn, fin, rst; /* TCP: opens (SYN without ACK), closes */
+	/* What is above is cleared for each packet. */
+	struct tl_flow flow;  /* of a new flow: what the packet becomes */
+	__u8 quote[TL_QUOTE]; /* see refuse_icmp */
+	__u64 answers_since;  /* jiffies: the second in which ... */
+	__u64 n_answers;      /* ... so many answers were sent by this CPU */
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct packet);
+} packet_map SEC(".maps");
+
+__inline_always void map_v4(struct tl_addr *a, __be32 v4)
+{
+	a->w[0] = a->w[1] = 0;
+	a->w[2] = bpf_htonl(0xffff);
+	a->w[3] = v4;
+}
+
+__inline_always bool is_mapped(const struct tl_addr *a)
+{
+	return !a->w[0] && !a->w[1] && a->w[2] == bpf_htonl(0xffff);
+}
+
+/* Where the packet ends, by its own length. Only a GSO packet may be longer than
+ * that field can say; then it says 0 (BIG TCP). */
+__inline_always void parse_end(struct __sk_buff *skb, struct packet *p, __u32 len)
+{
+	p->end = len || skb->len - p->l3 <= 0xffff ? p->l3 + len : skb->len;
+	p->odd |= p->end > skb->len;
+}
+
+__inline_always int parse_v4(struct __sk_buff *skb, struct packet *p, const struct iphdr *ip)
+{
+	__u32 ihl = ip->ihl * 4, frag = bpf_ntohs(ip->frag_off) & 0x3fff;
+
+	if (ihl < sizeof(*ip))
+		return TL_MALFORMED;
+	parse_end(skb, p, bpf_ntohs(ip->tot_len));
+	map_v4(&p->tuple.src, ip->saddr);
+	map_v4(&p->tuple.dst, ip->daddr);
+	p->tuple.proto = ip->protocol;
+	p->l4 = p->l3 + ihl;
+	p->frag_id = ip->id;
+	p->fragment = frag;
+	p->later = frag & 0x1fff;
+	return 0;
+}
+
+__inline_always bool is_extension(__u8 proto)
+{
+	return proto == IPPROTO_HOPOPTS || proto == IPPROTO_ROUTING || proto == IPPROTO_DSTOPTS ||
+	       proto == IPPROTO_FRAGMENT;
+}
+
+/* Walks the extension headers, at most TL_EXTENSIONS of them (RFC 8200, 4.1
+ * allows each once, destination options twice). What cannot be walked leaves
+ * the packet odd: whether that matters depends on whom it is for. */
+__inline_always int parse_v6(struct __sk_buff *skb, struct packet *p, const struct ipv6hdr *ip)
+{
+	struct {
+		__u8 next, len;
+		__be16 offset;
+		__be32 id;
+	} ext;
+	__u8 next = ip->nexthdr;
+	__u32 l4 = p->l3 + sizeof(*ip);
+
+	__builtin_memcpy(&p->tuple.src, &ip->saddr, 16);
+	__builtin_memcpy(&p->tuple.dst, &ip->daddr, 16);
+	if (is_mapped(&p->tuple.src) || is_mapped(&p->tuple.dst))
+		return TL_MALFORMED; /* would alias an IPv4 service */
+	p->v6 = true;
+	parse_end(skb, p, ip->payload_len ? sizeof(*ip) + bpf_ntohs(ip->payload_len) : 0);
+	for (int i = 0; i < TL_EXTENSIONS && is_extension(next); i++) {
+		if (bpf_skb_load_bytes(skb, l4, &ext, sizeof(ext))) {
+			p->odd = true;
+			break;
+		}
+		if (next == IPPROTO_FRAGMENT) {
+			p->frag_id = ext.id;
+			p->fragment = ext.offset & bpf_htons(0xfff9);
+			p->later = ext.offset & bpf_htons(0xfff8);
+			l4 += sizeof(ext);
+		} else { /* a routing header that is not used up: this is not its destination */
+			p->odd |= next == IPPROTO_ROUTING && ext.offset & bpf_htons(0x00ff);
+			l4 += (ext.len + 1) * 8;
+		}
+		next = ext.next;
+		if (p->later)
+			break;
+	}
+	p->odd |= !p->later && is_extension(next);
+	p->tuple.proto = next;
+	p->l4 = l4;
+	return 0;
+}
+
+/* Fills *p down to the transport's offset; 0, or the reason to pass. On a link
+ * without Ethernet header skb->protocol is not asked: the version nibble says
+ * the same and is there in BPF_PROG_TEST_RUN too. */
+__inline_always int parse_ip(struct __sk_buff *skb, struct packet *p, __u32 l3, __u8 dir)
+{
+	union {
+		struct iphdr v4;
+		struct ipv6hdr v6;
+	} ip;
+
+	__builtin_memset(p, 0, __builtin_offsetof(struct packet, flow));
+	p->l3 = l3;
+	p->tuple.dir = dir;
+	if (l3 && (skb->vlan_present || skb->pkt_type == PACKET_OTHERHOST || /* another network's, another host's */
+		   (skb->protocol != bpf_htons(ETH_P_IP) && skb->protocol != bpf_htons(ETH_P_IPV6))))
+		return TL_NOT_IP;
+	if (bpf_skb_load_bytes(skb, l3, &ip, sizeof(ip.v4)))
+		return TL_NOT_IP;
+	if (ip.v4.version == 4)
+		return parse_v4(skb, p, &ip.v4);
+	if (ip.v4.version != 6)
+		return TL_NOT_IP;
+	if (bpf_skb_load_bytes(skb, l3, &ip.v6, sizeof(ip.v6)))
+		return TL_MALFORMED;
+	return parse_v6(skb, p, &ip.v6);
+}
+
+/* The same fragments in the same direction: address pair, protocol, IP id. */
+__inline_always void fragment_key(const struct packet *p, struct tl_frag_key *key)
+{
+	key->src = p->tuple.src;
+	key->dst = p->tuple.dst;
+	key->id = p->frag_id;
+	key->proto = p->v6 ? 0 : p->tuple.proto; /* RFC 8200: an id stands without protocol */
+	key->dir = p->tuple.dir;
+	key->zero = 0;
+}
+
+/* The ports of a later fragment are those its first one left. */
+__inline_always int ports_of_fragment(struct packet *p)
+{
+	struct tl_frag_key key;
+	struct tl_frag *ports;
+
+	fragment_key(p, &key);
+	ports = bpf_map_lookup_elem(&frag_map, &key);
+	if (!ports)
+		return TL_FRAGMENT;
+	p->tuple.sport = ports->sport;
+	p->tuple.dport = ports->dport;
+	return 0;
+}
+
+/* Completes the tuple; 0, or why it cannot be. TCP, UDP and SCTP all begin with
+ * the two ports. */
+__inline_always int parse_ports(struct __sk_buff *skb, struct packet *p)
+{
+	__be16 ports[2];
+	__u8 flags;
+
+	if (p->odd)
+		return TL_BAD_HEADER;
+	if (p->tuple.proto != IPPROTO_TCP && p->tuple.proto != IPPROTO_UDP &&
+	    p->tuple.proto != IPPROTO_SCTP)
+		return TL_PROTOCOL;
+	if (p->later)
+		return ports_of_fragment(p);
+	if (p->l4 + (p->tuple.proto == IPPROTO_TCP ? sizeof(struct tcphdr) : sizeof(struct udphdr)) > p->end ||
+	    bpf_skb_load_bytes(skb, p->l4, ports, sizeof(ports)))
+		return TL_BAD_HEADER;
+	p->tuple.sport = ports[0];
+	p->tuple.dport = ports[1];
+	if (p->tuple.proto == IPPROTO_TCP) {
+		if (bpf_skb_load_bytes(skb, p->l4 + 13, &flags, 1))
+			return TL_BAD_HEADER;
+		p->fin = flags & 0x01;
+		p->rst = flags & 0x04;
+		p->syn = (flags & 0x12) == 0x02;
+	}
+	return 0;
+}
+
+/* Is it an echo request for an address we serve? */
+__inline_always bool is_ping(struct __sk_buff *skb, const struct packet *p)
+{
+	__u8 type;
+
+	if (p->fragment || p->odd || p->tuple.proto != (p->v6 ? IPPROTO_ICMPV6 : IPPROTO_ICMP))
+		return false;
+	return !bpf_skb_load_bytes(skb, p->l4, &type, 1) && type == (p->v6 ? ICMPV6_ECHO_REQUEST : ICMP_ECHO);
+}
+
+/* === writing ============================================================== */
+/* Where the transport's checksum is; 0: it has none that covers addresses
+ * (SCTP's CRC does not, and its ports are never changed). */
+__inline_always __u32 checksum_offset(const struct packet *p)
+{
+	switch (p->tuple.proto) {
+	case IPPROTO_TCP:
+		return p->l4 + __builtin_offsetof(struct tcphdr, check);
+	case IPPROTO_UDP:
+		return p->l4 + __builtin_offsetof(struct udphdr, check);
+	default:
+		return 0;
+	}
+}
+
+/* Addresses. 32 bytes of v4-mapped source and destination serve as difference
+ * for both families: the mapped prefix cancels out. BPF_F_PSEUDO_HDR because
+ * the addresses are in the pseudo-header, which is all that the checksum field
+ * of a CHECKSUM_PARTIAL packet holds. */
+__inline_always int write_addresses(struct __sk_buff *skb, struct packet *p, struct tl_addr to[2], __u32 check, __u64 flags)
+{
+	__s64 diff = bpf_csum_diff((void *)&p->tuple.src, 32, (void *)to, 32, 0);
+	__be32 v4[2] = { to[0].w[3], to[1].w[3] };
+
+	if (check && bpf_l4_csum_replace(skb, check, 0, diff, flags | BPF_F_PSEUDO_HDR))
+		return -1;
+	if (p->v6) {
+		/* CHECKSUM_COMPLETE sums the addresses too. What the helper took off for the
+		 * pseudo-header is right for IPv4, whose header has a sum of its own. */
+		bpf_csum_update(skb, diff);
+		return bpf_skb_store_bytes(skb, p->l3 + 8, to, 32, 0);
+	}
+	if (bpf_l3_csum_replace(skb, p->l3 + 10, 0, diff, 0))
+		return -1;
+	return bpf_skb_store_bytes(skb, p->l3 + 12, v4, 8, 0);
+}
+
+/* Ports, apart from the addresses: they are not in the pseudo-header, and with
+ * CHECKSUM_PARTIAL the field must not know of them. */
+__inline_always int write_ports(struct __sk_buff *skb, struct packet *p, __be16 to[2], __u32 check, __u64 flags)
+{
+	__u32 old = p->tuple.dport << 16 | p->tuple.sport, new = to[1] << 16 | to[0];
+
+	if (check && bpf_l4_csum_replace(skb, check, old, new, flags | 4))
+		return -1;
+	return bpf_skb_store_bytes(skb, p->l4, &new, 4, 0);
+}
+
+/* Makes the packet what *to says; 0 or a reason. A UDP checksum of 0 means none
+ * and stays, one that becomes 0 is sent as 0xffff (RFC 768, RFC 8200 8.1). */
+__inline_always int write_packet(struct __sk_buff *skb, struct packet *p, const struct tl_flow *flow)
+{
+	struct tl_addr addrs[2] = { flow->src, flow->dst };
+	__be16 ports[2] = { flow->sport, flow->dport };
+	__u32 check = p->later ? 0 : checksum_offset(p);
+	__u64 flags = p->tuple.proto == IPPROTO_UDP ? BPF_F_MARK_MANGLED_0 : 0;
+
+	if (write_addresses(skb, p, addrs, check, flags))
+		return TL_WRITE;
+	if (!p->later && (ports[0] != p->tuple.sport || ports[1] != p->tuple.dport) &&
+	    write_ports(skb, p, ports, check, flags))
+		return TL_WRITE;
+	return 0;
+}
+
+/* === services ============================================================= */
+__inline_always __u64 mix(__u64 h)
+{
+	h = (h ^ h >> 33) * 0xff51afd7ed558ccd;
+	h = (h ^ h >> 33) * 0xc4ceb9fe1a85ec53;
+	return h ^ h >> 33;
+}
+
+#define DRAW	     0xff51afd7ed558ccd
+#define DRAW_HIGHEST 0xb08bbcf3dd5abffb /* times DRAW is 2^64 - 1 */
+
+/* The same on every node for the same client, service address and ports. */
+__inline_always __u64 hash_tuple(const struct tl_tuple *t)
+{
+	__u64 h = (__u64)t->sport << 32 | (__u64)t->dport << 16 | t->proto;
+
+#pragma unroll
+	for (int i = 0; i < 4; i++)
+		h = mix(h ^ ((__u64)t->src.w[i] << 32 | t->dst.w[i]));
+	return h;
+}
+
+/* Whose address is it, if no service has the port? */
+__inline_always int reason_without_service(const struct packet *p)
+{
+	struct tl_svc_key address = { .addr = p->tuple.dst };
+	struct tl_net_key net = { 64 + 128, { 0, 0 }, p->tuple.dst };
+
+	if (bpf_map_lookup_elem(&svc_map, &address))
+		return TL_NO_PORT;
+	return bpf_map_lookup_elem(&net_map, &net) ? TL_NO_SERVICE : TL_NOT_SERVED;
+}
+
+__inline_always struct tl_svc *service_of(const struct packet *p)
+{
+	struct tl_svc_key key = { p->tuple.dst, p->tuple.dport, p->tuple.proto, 0 };
+
+	return bpf_map_lookup_elem(&svc_map, &key);
+}
+
+__inline_always bool source_allowed(const struct packet *p, const struct tl_svc *svc)
+{
+	struct tl_net_key net = { 64 + 128, { svc->name, svc->name >> 32 }, p->tuple.src };
+
+	return !(svc->flags & TL_SVC_SOURCES) || bpf_map_lookup_elem(&net_map, &net);
+}
+
+/* Rendezvous hashing (Thaler, Ravishankar 1998): every backend draws a number
+ * for this client tuple, the highest wins. When one of N backends comes or goes
+ * only its own 1/N of the flows move, the shares are even, no table is kept,
+ * and a node that has lost everything chooses the same again. Hash and seeds
+ * are well mixed, so one multiplication is enough to draw. Returns the winner's
+ * place in the set, -1 if the set is not there.
+ *
+ * For the verifier the inner loop has no branch (it gives up on a path with 8192
+ * of them): the agent fills the last chunk with repetitions, and comparisons are
+ * arithmetic on numbers below 2^63. It is global and takes numbers only, so that
+ * it is walked once and not for every state it is called in. */
+__attribute__((noinline)) int choose(__u64 set, __u32 n, __u64 hash)
+{
+	struct tl_set_key key = { .set = set };
+	__u64 best = 0, winner = 0;
+	struct tl_chunk *chunk;
+
+	for (__u32 c = 0; c < TL_MAX_BACKENDS / TL_CHUNK && c * TL_CHUNK < n; c++) {
+		key.chunk = c;
+		chunk = bpf_map_lookup_elem(&set_map, &key);
+		if (!chunk)
+			return -1;
+#pragma unroll /* without CAP_PERFMON pointers may only move by constants */
+		for (__u32 i = 0; i < TL_CHUNK; i++) {
+			__u64 score = (hash ^ chunk->at[i].seed) * DRAW >> 1;
+			__u64 better = (__s64)(best - score) >> 63; /* all ones or none */
+
+			best ^= (best ^ score) & better;
+			winner ^= (winner ^ chunk->at[i].index) & better;
+		}
+	}
+	return winner;
+}
+
+__inline_always struct tl_backend *backend_at(const struct tl_svc *svc, __u32 place)
+{
+	struct tl_set_key key = { .set = svc->set, .chunk = place / TL_CHUNK };
+	struct tl_chunk *chunk = bpf_map_lookup_elem(&set_map, &key);
+
+	if (!chunk)
+		return NULL;
+	asm volatile("" : "+r"(place)); /* or clang adds to the pointer before it asks for NULL */
+	return &chunk->at[place % TL_CHUNK];
+}
+
+/* The backend for a new flow: `prefer` (a seed, 0: none) if it is in the set,
+ * before it what affinity says, else by hash; NULL: *reason says why none. */
+__inline_always struct tl_backend *backend_for(const struct packet *p, const struct tl_svc *svc,
+					       __u64 prefer, int *reason)
+{
+	struct tl_affinity_key key = { svc->name, p->tuple.src };
+	struct tl_affinity *old, new = { .used = bpf_jiffies64() };
+	struct tl_backend *backend = NULL;
+
+	*reason = svc->flags & TL_SVC_DROP_IF_EMPTY ? TL_NO_LOCAL_BACKEND : TL_NO_BACKEND;
+	if (!svc->n_backends)
+		return NULL;
+	if (svc->affinity) {
+		old = bpf_map_lookup_elem(&aff_map, &key);
+		if (old && new.used - old->used <= svc->affinity * tl_hz)
+			prefer = old->seed;
+	}
+	*reason = TL_BACKENDS_MOVED;
+	if (prefer)
+		backend = backend_at(svc, choose(svc->set, svc->n_backends, prefer ^ DRAW_HIGHEST));
+	if (!backend || backend->seed != prefer)
+		backend = backend_at(svc, choose(svc->set, svc->n_backends, hash_tuple(&p->tuple)));
+	if (backend && svc->affinity) {
+		new.seed = backend->seed;
+		bpf_map_update_elem(&aff_map, &key, &new, BPF_ANY);
+	}
+	return backend;
+}
+
+/* === flows ================================================================ */
+/* The key of a flow's other half: what the far side sends, given what this
+ * half's packets become. */
+__inline_always void other_key(const struct tl_flow *flow, __u8 dir, struct tl_tuple *key)
+{
+	key->src = flow->dst;
+	key->dst = flow->src;
+	key->sport = flow->dport;
+	key->dport = flow->sport;
+	key->dir = !dir;
+	key->zero = 0;
+}
+
+/* What the other half's packets become: this half's packets, turned around. */
+__inline_always void other_half(const struct tl_tuple *t, struct tl_flow *flow)
+{
+	flow->src = t->dst;
+	flow->dst = t->src;
+	flow->sport = t->dport;
+	flow->dport = t->sport;
+}
+
+__inline_always bool same_addr(const struct tl_addr *a, const struct tl_addr *b)
+{
+	return a->w[0] == b->w[0] && a->w[1] == b->w[1] && a->w[2] == b->w[2] && a->w[3] == b->w[3];
+}
+
+__inline_always bool same_meaning(const struct tl_flow *a, const struct tl_flow *b)
+{
+	return a->sport == b->sport && a->dport == b->dport && same_addr(&a->src, &b->src) &&
+	       same_addr(&a->dst, &b->dst);
+}
+
+/* Writes the other half of `flow` unless it is there; 0, TL_FLOW_HEALED if it
+ * had to be written, TL_STALE_REPLY if its place belongs to another flow,
+ * TL_FLOW_TABLE if it could not be written. */
+static __attribute__((noinline)) int keep_other(const struct tl_tuple *t, const struct tl_flow *flow)
+{
+	struct tl_tuple key = { .proto = t->proto };
+	struct tl_flow *there, other = { .name = flow->name, .seed = flow->seed, .seen = flow->seen };
+
+	other_key(flow, t->dir, &key);
+	other_half(t, &other);
+	there = bpf_map_lookup_elem(&ct_map, &key);
+	if (!there && !bpf_map_update_elem(&ct_map, &key, &other, BPF_NOEXIST))
+		return TL_FLOW_HEALED;
+	if (!there) /* another CPU was faster, or the table is full */
+		there = bpf_map_lookup_elem(&ct_map, &key);
+	if (!there)
+		return TL_FLOW_TABLE;
+	if (!same_meaning(there, &other))
+		return TL_STALE_REPLY;
+	there->seen = flow->seen;
+	return 0;
+}
+
+/* Accounts for a packet of a known flow, and once a second looks after its
+ * other half, so that neither is evicted while the flow is in use and a lost
+ * one returns (invariant 4). 0, or why the flow is no longer good. */
+__inline_always int use_flow(struct __sk_buff *skb, const struct packet *p, struct tl_flow *flow)
+{
+	__u64 now = bpf_jiffies64();
+	int reason;
+
+	flow->packets++;
+	flow->bytes += skb->len;
+	if (p->fin)
+		flow->state |= TL_FLOW_FIN;
+	if (p->rst)
+		flow->state |= TL_FLOW_RST;
+	if (now - flow->seen < tl_hz)
+		return 0;
+	flow->seen = now;
+	reason = keep_other(&p->tuple, flow);
+	if (reason == TL_FLOW_HEALED)
+		count(TL_FLOW_HEALED);
+	else if (reason)
+		flow->seen = 0; /* asked again, it says the same */
+	return reason == TL_FLOW_HEALED ? 0 : reason;
+}
+
+/* Writes both halves of a new flow to `backend`, the reply's first: a request
+ * never goes out before its reply can come back. If the reply's place is taken,
+ * by the same client port talking to the same backend through another service,
+ * this flow gets another source port (invariant 3). 0 or a reason; *flow is what
+ * the packet becomes. */
+static __attribute__((noinline)) int begin_flow(const struct tl_tuple *t, const struct tl_backend *backend,
+						const struct tl_svc *svc, __u32 len, struct tl_flow *flow)
+{
+	__u64 hash = hash_tuple(t);
+	int reason;
+
+	flow->src = t->src;
+	flow->dst = backend->addr;
+	flow->sport = t->sport;
+	flow->dport = backend->port;
+	flow->name = svc->name;
+	flow->seed = backend->seed;
+	flow->seen = bpf_jiffies64();
+	flow->state = 0;
+	flow->packets = 1;
+	flow->bytes = len;
+	for (int i = 0; i < TL_PORT_TRIES; i++) {
+		reason = keep_other(t, flow);
+		if (reason != TL_STALE_REPLY)
+			break;
+		if (t->proto == IPPROTO_SCTP) /* its checksum we cannot mend */
+			return TL_NO_SOURCE_PORT;
+		hash = mix(hash);
+		flow->sport = bpf_htons(1024 + hash % (65536 - 1024));
+	}
+	if (reason == TL_STALE_REPLY)
+		return TL_NO_SOURCE_PORT;
+	if (reason == TL_FLOW_TABLE || bpf_map_update_elem(&ct_map, t, flow, BPF_ANY))
+		return TL_FLOW_TABLE;
+	count(TL_FLOW_NEW);
+	if (flow->sport != t->sport)
+		count(TL_PORT_CHANGED);
+	return 0;
+}
+
+/* A flow that is over or whose backend has left the service, met by a SYN: the
+ * old pair goes, so that its replies cannot be taken for the new one's. What has
+ * its other half's place may be another flow's. */
+__inline_always void forget_flow(const struct tl_tuple *t, const struct tl_flow *flow)
+{
+	struct tl_tuple key = { .proto = t->proto };
+	struct tl_flow *there, other = {};
+
+	other_key(flow, t->dir, &key);
+	other_half(t, &other);
+	there = bpf_map_lookup_elem(&ct_map, &key);
+	if (there && same_meaning(there, &other))
+		bpf_map_delete_elem(&ct_map, &key);
+	bpf_map_delete_elem(&ct_map, t);
+}
+
+/* Nobody would hold it against us: conntrack would have forgotten it too. */
+__inline_always bool is_expired(const struct tl_tuple *t, const struct tl_flow *flow)
+{
+	__u64 idle = t->proto == IPPROTO_UDP ? TL_UDP_IDLE : TL_TCP_IDLE;
+
+	return bpf_jiffies64() - flow->seen > idle * tl_hz;
+}
+
+/* === directions =========================================================== */
+/* A packet of a flow: remembered if it is the first of its fragments, then
+ * rewritten. */
+__inline_always int translate(struct __sk_buff *skb, struct packet *p, const struct tl_flow *flow, int done)
+{
+	struct tl_frag ports = { p->tuple.sport, p->tuple.dport };
+	struct tl_frag_key key;
+	int reason;
+
+	if (p->fragment && !p->later) {
+		fragment_key(p, &key);
+		bpf_map_update_elem(&frag_map, &key, &ports, BPF_ANY);
+	}
+	reason = write_packet(skb, p, flow);
+	return reason ? reason : done;
+}
+
+/* A request without a flow, or a SYN, which asks anew: a flow whose backend is
+ * still in the set and that nobody closed stays where it is (the SYN came
+ * twice), any other is replaced. */
+__inline_always int new_request(struct __sk_buff *skb, struct packet *p, struct tl_flow *old)
+{
+	__u64 prefer = old && !old->state ? old->seed : 0;
+	struct tl_backend *backend;
+	struct tl_svc *svc;
+	int reason = 0;
+
+	svc = service_of(p);
+	if (!svc)
+		return reason_without_service(p);
+	if (!source_allowed(p, svc))
+		return TL_SOURCE;
+	backend = backend_for(p, svc, prefer, &reason);
+	if (!backend)
+		return reason;
+	if (old && old->seed == backend->seed && !use_flow(skb, p, old)) {
+		old->state = 0;
+		return translate(skb, p, old, TL_REQUEST_SENT);
+	}
+	if (old)
+		forget_flow(&p->tuple, old);
+	reason = begin_flow(&p->tuple, backend, svc, skb->len, &p->flow);
+	if (reason)
+		return reason;
+	return translate(skb, p, &p->flow, TL_REQUEST_SENT);
+}
+
+__inline_always int request(struct __sk_buff *skb, struct packet *p, __u32 l3)
+{
+	struct tl_flow *flow;
+	int reason, served;
+
+	reason = parse_ip(skb, p, l3, TL_REQUEST);
+	if (reason)
+		return reason;
+	reason = parse_ports(skb, p);
+	if (reason) { /* matters only if it is for one of our addresses */
+		served = reason_without_service(p);
+		if (served == TL_NO_PORT && reason == TL_PROTOCOL && is_ping(skb, p))
+			return TL_PING;
+		return served == TL_NO_PORT ? reason : served;
+	}
+	flow = bpf_map_lookup_elem(&ct_map, &p->tuple);
+	if (flow && !p->syn && !is_expired(&p->tuple, flow) && !use_flow(skb, p, flow))
+		return translate(skb, p, flow, TL_REQUEST_SENT);
+	return new_request(skb, p, flow);
+}
+
+__inline_always int reply(struct __sk_buff *skb, struct packet *p, __u32 l3)
+{
+	struct tl_flow *flow;
+	int reason;
+
+	reason = parse_ip(skb, p, l3, TL_REPLY);
+	if (reason)
+		return reason;
+	if (parse_ports(skb, p))
+		return TL_NO_FLOW;
+	flow = bpf_map_lookup_elem(&ct_map, &p->tuple);
+	if (!flow)
+		return TL_NO_FLOW;
+	reason = use_flow(skb, p, flow);
+	if (reason == TL_STALE_REPLY)
+		bpf_map_delete_elem(&ct_map, &p->tuple);
+	if (reason)
+		return reason;
+	return translate(skb, p, flow, TL_REPLY_SENT);
+}
+
+/* === answers ==============================================================
+ * What nobody serves is refused at once, and a ping of a service is answered, by
+ * the packet itself, turned around and sent out by the door it came in. */
+__inline_always bool may_answer(struct packet *p)
+{
+	__u64 now = bpf_jiffies64();
+
+	if (now - p->answers_since >= tl_hz) {
+		p->answers_since = now;
+		p->n_answers = 0;
+	}
+	return p->n_answers++ < TL_ANSWERS;
+}
+
+__inline_always int send_back(struct __sk_buff *skb, const struct packet *p)
+{
+	__u8 macs[12], swapped[12];
+
+	if (p->l3) {
+		if (bpf_skb_load_bytes(skb, 0, macs, 12))
+			return -1;
+		__builtin_memcpy(swapped, macs + 6, 6);
+		__builtin_memcpy(swapped + 6, macs, 6);
+		if (bpf_skb_store_bytes(skb, 0, swapped, 12, 0))
+			return -1;
+	}
+	return bpf_redirect(skb->ifindex, 0);
+}
+
+__inline_always __u16 fold(__u64 sum)
+{
+	sum = (sum >> 32) + (sum & 0xffffffff);
+	sum = (sum >> 16) + (sum & 0xffff);
+	sum = (sum >> 16) + (sum & 0xffff);
+	return (sum >> 16) + (sum & 0xffff);
+}
+
+/* The pseudo-header's sum; the same both ways, and v4-mapped addresses add a
+ * multiple of 0xffff, which is none. */
+__inline_always __u64 pseudo_sum(const struct packet *p, __u8 proto, __u32 len)
+{
+	return (__u64)bpf_csum_diff(NULL, 0, (void *)&p->tuple.src, 32, 0) + bpf_htonl(len) + bpf_htonl(proto);
+}
+
+/* The header of an answer: from the service to the client, `len` bytes behind it. */
+__inline_always int store_ip(struct __sk_buff *skb, const struct packet *p, __u8 proto, __u32 len)
+{
+	struct ipv6hdr v6 = { .version = 6, .payload_len = bpf_htons(len), .nexthdr = proto, .hop_limit = 64 };
+	struct iphdr v4 = { .version = 4, .ihl = 5, .tot_len = bpf_htons(sizeof(v4) + len), .ttl = 64,
+			    .frag_off = bpf_htons(0x4000), /* an id of 0 wants "don't fragment", RFC 6864 */
+			    .protocol = proto, .saddr = p->tuple.dst.w[3], .daddr = p->tuple.src.w[3] };
+
+	if (!p->v6) {
+		v4.check = ~fold(bpf_csum_diff(NULL, 0, (void *)&v4, sizeof(v4), 0));
+		return bpf_skb_store_bytes(skb, p->l3, &v4, sizeof(v4), 0);
+	}
+	__builtin_memcpy(&v6.saddr, &p->tuple.dst, 16);
+	__builtin_memcpy(&v6.daddr, &p->tuple.src, 16);
+	return bpf_skb_store_bytes(skb, p->l3, &v6, sizeof(v6), 0);
+}
+
+/* Is the transport's checksum left to the device (CHECKSUM_PARTIAL)? Then a port
+ * that changes does not show in the field, which is *partial, the sum of the
+ * pseudo-header. The field is left as it was. */
+__inline_always bool is_partial(struct __sk_buff *skb, __u32 check, __u16 *partial)
+{
+	__u16 after = 0;
+
+	if (bpf_skb_load_bytes(skb, check, partial, 2) || bpf_l4_csum_replace(skb, check, 0, 1, 2) ||
+	    bpf_skb_load_bytes(skb, check, &after, 2))
+		return false;
+	bpf_skb_store_bytes(skb, check, partial, 2, 0);
+	return after == *partial;
+}
+
+/* A reset with the numbers of RFC 9293, 3.10.7.1. */
+__inline_always int refuse_tcp(struct __sk_buff *skb, struct packet *p)
+{
+	struct tcphdr tcp, rst = {};
+	__u32 len = p->end - p->l4;
+	__u16 partial;
+	bool left;
+
+	if (bpf_skb_load_bytes(skb, p->l4, &tcp, sizeof(tcp)) || tcp.rst)
+		return -1;
+	left = is_partial(skb, checksum_offset(p), &partial);
+	rst.source = tcp.dest;
+	rst.dest = tcp.source;
+	rst.doff = sizeof(rst) / 4;
+	rst.rst = 1;
+	rst.ack = !tcp.ack;
+	if (tcp.ack)
+		rst.seq = tcp.ack_seq;
+	else
+		rst.ack_seq = bpf_htonl(bpf_ntohl(tcp.seq) + len - tcp.doff * 4 + tcp.syn + tcp.fin);
+	rst.check = fold(pseudo_sum(p, IPPROTO_TCP, sizeof(rst)));
+	if (!left)
+		rst.check = ~fold((__u64)bpf_csum_diff(NULL, 0, (void *)&rst, sizeof(rst), 0));
+	if (bpf_skb_change_tail(skb, p->l4 + sizeof(rst), 0) || store_ip(skb, p, IPPROTO_TCP, sizeof(rst)) ||
+	    bpf_skb_store_bytes(skb, p->l4, &rst, sizeof(rst), 0))
+		return -1;
+	return send_back(skb, p);
+}
+
+/* Port unreachable (RFC 792, RFC 4443), quoting what came. If the device is to
+ * fill in the quoted checksum, it makes what it sums up come out as the
+ * complement of what the field holds now; that is what our own sum counts. */
+__inline_always int refuse_icmp(struct __sk_buff *skb, struct packet *p)
+{
+	struct icmp6hdr icmp = { .icmp6_type = p->v6 ? ICMPV6_DEST_UNREACH : ICMP_DEST_UNREACH,
+				 .icmp6_code = p->v6 ? ICMPV6_PORT_UNREACH : ICMP_PORT_UNREACH };
+	__u32 ip = p->v6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr), check = checksum_offset(p);
+	__u64 n = (__u64)p->end - p->l3; /* 64 bits: the verifier sees the bounds */
+	__u16 partial;
+	__u64 sum;
+
+	if (n > TL_QUOTE)
+		n = TL_QUOTE;
+	__builtin_memset(p->quote, 0, TL_QUOTE);
+	if (n < sizeof(struct iphdr) || bpf_skb_load_bytes(skb, p->l3, p->quote, n))
+		return -1;
+	if (check && is_partial(skb, check, &partial))
+		sum = (p->v6 ? bpf_csum_diff(NULL, 0, (void *)p->quote, sizeof(struct ipv6hdr), 0) :
+			       bpf_csum_diff(NULL, 0, (void *)p->quote, sizeof(struct iphdr), 0)) +
+		      (__u64)(__u16)~partial;
+	else
+		sum = bpf_csum_diff(NULL, 0, (void *)p->quote, TL_QUOTE, 0);
+	sum += *(__u16 *)&icmp; /* type and code */
+	if (p->v6)
+		sum += pseudo_sum(p, IPPROTO_ICMPV6, sizeof(icmp) + n);
+	icmp.icmp6_cksum = ~fold(sum);
+	if (bpf_skb_change_tail(skb, p->l3 + n, 0) ||
+	    bpf_skb_adjust_room(skb, ip + sizeof(icmp), BPF_ADJ_ROOM_MAC, 0) ||
+	    store_ip(skb, p, p->v6 ? IPPROTO_ICMPV6 : IPPROTO_ICMP, sizeof(icmp) + n) ||
+	    bpf_skb_store_bytes(skb, p->l3 + ip, &icmp, sizeof(icmp), 0))
+		return -1;
+	return send_back(skb, p);
+}
+
+/* Addresses change places and the type changes; no other checksum does. */
+__inline_always int echo(struct __sk_buff *skb, struct packet *p)
+{
+	__u8 type = p->v6 ? ICMPV6_ECHO_REPLY : ICMP_ECHOREPLY;
+	__be16 old = bpf_htons(p->v6 ? ICMPV6_ECHO_REQUEST << 8 : ICMP_ECHO << 8), new = bpf_htons(type << 8);
+	struct tl_addr addrs[2] = { p->tuple.dst, p->tuple.src };
+
+	if (write_addresses(skb, p, addrs, 0, 0) || bpf_l4_csum_replace(skb, p->l4 + 2, old, new, 2) ||
+	    bpf_skb_store_bytes(skb, p->l4, &type, 1, 0))
+		return -1;
+	return send_back(skb, p);
+}
+
+/* A source that can be written to (RFC 1122 3.2.2.6, RFC 4443 2.4 e). */
+__inline_always bool is_host(const struct packet *p)
+{
+	__be32 v4 = p->tuple.src.w[3];
+
+	if (!p->v6)
+		return v4 && bpf_ntohl(v4) < 0xe0000000 && bpf_ntohl(v4) >> 24 != 127;
+	return p->tuple.src.w[0] != 0 && (p->tuple.src.w[0] & bpf_htonl(0xff000000)) != bpf_htonl(0xff000000);
+}
+
+/* Answers a packet; it is dropped if that is not possible, or was too often. */
+static __attribute__((noinline)) int answer(struct __sk_buff *skb, struct packet *p, bool ping)
+{
+	bool plain = p->l4 - p->l3 == (p->v6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr)) && !p->fragment;
+	int action = -1;
+
+	if (!is_host(p) || !may_answer(p))
+		;
+	else if (ping)
+		action = echo(skb, p);
+	else if (plain)
+		action = p->tuple.proto == IPPROTO_TCP ? refuse_tcp(skb, p) : refuse_icmp(skb, p);
+	if (action >= 0)
+		return action;
+	count(TL_UNANSWERED);
+	return TC_ACT_SHOT;
+}
+
+/* === doors ================================================================
+ * The section name serves both: on kernels without tcx the agent attaches the
+ * same program by cls_bpf. */
+/* The only entry and the only exit. */
+__inline_always int open_door(struct __sk_buff *skb,
+			      int (*direction)(struct __sk_buff *, struct packet *, __u32), __u32 l3)
+{
+	__u32 key = 0;
+	struct packet *p = bpf_map_lookup_elem(&packet_map, &key);
+	enum tl_reason reason;
+	enum fate fate;
+
+	if (!p)
+		return TC_ACT_UNSPEC;
+	reason = direction(skb, p, l3);
+	count(reason);
+	fate = fate_of(reason);
+	if (fate == PASS)
+		return TC_ACT_UNSPEC; /* as TCX_NEXT: on to the next program, then the stack */
+	return fate == DROP ? TC_ACT_SHOT : answer(skb, p, fate == ECHO);
+}
+
+SEC("tcx/ingress")
+int from_tailnet(struct __sk_buff *skb)
+{
+	return open_door(skb, request, 0);
+}
+
+SEC("tcx/egress")
+int to_tailnet(struct __sk_buff *skb)
+{
+	return open_door(skb, reply, 0);
+}
+
+SEC("tcx/ingress")
+int from_tailnet_l2(struct __sk_buff *skb)
+{
+	return open_door(skb, request, ETH_HLEN);
+}
+
+SEC("tcx/egress")
+int to_tailnet_l2(struct __sk_buff *skb)
+{
+	return open_door(skb, reply, ETH_HLEN);
+}
+
+char LICENSE[] SEC("license") = "Dual MIT/GPL";

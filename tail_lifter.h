@@ -1,0 +1,202 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR MIT)
+ *
+ * tail_lifter.h: what crosses between the agent (tail_lifter.c) and the
+ * datapath (tail_lifter.bpf.c): map keys and values, limits, reasons, flags.
+ *
+ * Everything here is read by whichever version of the other side comes next:
+ * a changed key or value is a new map (the agent notices the size and replaces
+ * it). Addresses of both families are 16 bytes, IPv4 as ::ffff:a.b.c.d, so that
+ * nothing behind the parser asks for the family; addresses and ports are in
+ * network byte order. No member is left to chance by padding: keys are hashed.
+ */
+#ifndef TAIL_LIFTER_H
+#define TAIL_LIFTER_H
+
+#include <linux/types.h>
+
+#define TL_MAX_SERVICES (1 << 18) /* frontends; memory is taken as they come */
+#define TL_MAX_CHUNKS	(1 << 18)
+#define TL_MAX_TEXTS	(1 << 18)
+#define TL_MAX_NETS	(1 << 16)
+#define TL_CHUNK	16   /* backends in one value of set_map */
+#define TL_MAX_BACKENDS 4096 /* of one service port: what a new flow may look through */
+#define TL_TEXT		48   /* bytes in one value of text_map */
+#define TL_FLOWS	65536 /* default capacity of ct_map, in entries: two a flow */
+#define TL_AFFINITIES	16384
+#define TL_FRAGMENTS	4096
+#define TL_EXTENSIONS	6   /* IPv6 extension headers we look behind */
+#define TL_PORT_TRIES	16  /* source ports tried for a flow whose own is taken */
+#define TL_MAX_REASONS	64
+#define TL_ANSWERS	1000  /* a second and CPU: resets, unreachables, pings; as net.ipv4.icmp_msgs_per_sec */
+#define TL_QUOTE	256   /* bytes of a refused packet that its ICMP error quotes */
+#define TL_UDP_IDLE	180   /* seconds; nf_conntrack_udp_timeout_stream */
+#define TL_TCP_IDLE	86400 /* seconds; kube-proxy's --conntrack-tcp-timeout-established */
+
+struct tl_addr {
+	__be32 w[4];
+};
+
+/* svc_map: a frontend. An address that has frontends stands there once more
+ * with port 0 and protocol 0: a port that misses is then refused, not passed. */
+struct tl_svc_key {
+	struct tl_addr addr;
+	__be16 port;
+	__u8 proto; /* IPPROTO_TCP, IPPROTO_UDP, IPPROTO_SCTP */
+	__u8 zero;
+};
+
+struct tl_svc {
+	__u64 set;  /* its backends in set_map: a hash of what they are, so a set never changes */
+	__u64 name; /* "NAMESPACE/NAME/PORT/PROTOCOL" in text_map; the same for all its frontends */
+	__u32 n_backends;
+	__u32 affinity; /* seconds, 0: none */
+	__u32 flags;
+	__u32 zero;
+};
+
+enum tl_svc_flags {
+	TL_SVC_SCOPE = 3,	   /* mask: enum tl_scope */
+	TL_SVC_DROP_IF_EMPTY = 4,  /* what a new flow meets without backends; else it is rejected */
+	TL_SVC_SOURCES = 8,	   /* new flows only from what net_map holds under `name` */
+};
+
+enum tl_scope { TL_INTERNAL, TL_EXTERNAL, TL_LOADBALANCER };
+
+/* set_map: TL_CHUNK backends of a set; sorted by address and port over all
+ * chunks. A set is there before the first svc_map entry that names it and goes
+ * after the last. */
+struct tl_set_key {
+	__u64 set;
+	__u32 chunk;
+	__u32 zero;
+};
+
+struct tl_backend {
+	__u64 seed; /* for rendezvous hashing: a hash of address and port alone */
+	__u64 node; /* its node's name in text_map, 0: none */
+	struct tl_addr addr;
+	__be16 port;
+	__u16 flags;
+	__u32 index; /* its place in the set; a number the verifier cannot know keeps its states few */
+};
+
+enum tl_backend_flags { TL_BACKEND_LOCAL = 1 };
+
+struct tl_chunk {
+	struct tl_backend at[TL_CHUNK];
+};
+
+/* text_map: names for --status, cut in pieces, found by their hash. */
+struct tl_text_key {
+	__u64 text;
+	__u32 piece;
+	__u32 zero;
+};
+
+struct tl_text {
+	char at[TL_TEXT]; /* NUL-padded; a last piece ends with a NUL */
+};
+
+/* net_map: ranges, by longest prefix. Under scope 0 the service CIDRs, under a
+ * service's name its loadBalancerSourceRanges. */
+struct tl_net_key {
+	__u32 prefixlen; /* 64 + bits of addr */
+	__u32 scope[2];	 /* tl_svc.name, or 0; two halves, for the trie's alignment */
+	struct tl_addr addr;
+};
+
+/* ct_map: a flow is a pair of entries. TL_REQUEST is keyed by what the client
+ * sends, TL_REPLY by what the backend sends; each says what the packet becomes,
+ * so each is enough to find and to restore the other. */
+struct tl_tuple {
+	struct tl_addr src, dst;
+	__be16 sport, dport;
+	__u8 proto;
+	__u8 dir; /* enum tl_dir */
+	__u16 zero;
+};
+
+/* frag_map: the ports of a datagram whose first fragment came by. */
+struct tl_frag_key {
+	struct tl_addr src, dst;
+	__u32 id;
+	__u8 proto;
+	__u8 dir; /* enum tl_dir */
+	__u16 zero;
+};
+
+struct tl_frag {
+	__be16 sport, dport;
+};
+
+enum tl_dir { TL_REQUEST, TL_REPLY };
+
+enum tl_flow_state { TL_FLOW_FIN = 1, TL_FLOW_RST = 2 }; /* seen this way */
+
+struct tl_flow {
+	struct tl_addr src, dst; /* the packet becomes this */
+	__be16 sport, dport;
+	__u32 state; /* enum tl_flow_state bits */
+	__u64 seen;  /* jiffies of the last look at the pair, at most a second old while in use */
+	__u64 name;  /* tl_svc.name */
+	__u64 seed;  /* tl_backend.seed */
+	__u64 packets; /* this way */
+	__u64 bytes;
+};
+
+/* aff_map: session affinity, by service port and client address. */
+struct tl_affinity_key {
+	__u64 name;
+	struct tl_addr client;
+};
+
+struct tl_affinity {
+	__u64 seed; /* tl_backend.seed */
+	__u64 used; /* jiffies of its last new flow */
+};
+
+/* agent_map: what --status says of the agent, also when it is gone. */
+struct tl_agent {
+	__u32 pid;
+	__u32 synced;
+	__u64 changed; /* seconds since 1970 of the last change written, 0: none */
+	char source[320];
+	char node[256];
+	char zone[256];
+};
+
+/* Why a packet met its fate. Each line makes the enum, the counter in stat_map
+ * (per CPU, by the enum's number), what is done with the packet, and the words in
+ * --status. New ones go to the end: numbers outlive versions. The flow_ ones, and
+ * port_changed and unanswered, count beside a packet's own reason. */
+#define TL_REASONS(X)                                                                       \
+	X(REQUEST_SENT, "request", PASS, "requests sent on to a backend")                        \
+	X(REPLY_SENT, "reply", PASS, "replies sent back to the client")                          \
+	X(NOT_IP, "not_ip", PASS, "passed: neither IPv4 nor IPv6, or of a VLAN, or to another host")                          \
+	X(MALFORMED, "malformed", PASS, "passed: header cut short or impossible")           \
+	X(NOT_SERVED, "not_served", PASS, "passed: not for a service")                      \
+	X(NO_FLOW, "no_flow", PASS, "passed on the way out: no reply of a flow")            \
+	X(BAD_HEADER, "bad_header", DROP, "dropped: for a service, with headers nobody can follow") \
+	X(PROTOCOL, "protocol", DROP, "dropped: for a service, neither TCP, UDP nor SCTP")  \
+	X(NO_BACKEND, "no_backend", REFUSE, "rejected: the service has no backend")           \
+	X(NO_LOCAL_BACKEND, "no_local_backend", DROP, "dropped: policy Local, backends on other nodes only") \
+	X(NO_PORT, "no_port", REFUSE, "rejected: the service has no such port")               \
+	X(NO_SERVICE, "no_service", DROP, "dropped: in the service range, no service's address") \
+	X(SOURCE, "source", DROP, "dropped: not from the service's loadBalancerSourceRanges") \
+	X(FRAGMENT, "fragment", DROP, "dropped: a fragment whose first part was not seen")  \
+	X(BACKENDS_MOVED, "backends_moved", DROP, "dropped: the backends were replaced while they were looked at") \
+	X(NO_SOURCE_PORT, "no_source_port", DROP, "dropped: client port in use towards this backend, no other was free") \
+	X(FLOW_TABLE, "flow_table", DROP, "dropped: ct_map did not take the flow")          \
+	X(STALE_REPLY, "stale_reply", DROP, "dropped: a reply of a backend its client no longer talks to") \
+	X(WRITE, "write", DROP, "dropped: the packet could not be rewritten")               \
+	X(FLOW_NEW, "flow_new", PASS, "flows begun")                                        \
+	X(FLOW_HEALED, "flow_healed", PASS, "flows whose other half had to be restored")    \
+	X(PORT_CHANGED, "port_changed", PASS, "flows that needed another source port")      \
+	X(PING, "ping", ECHO, "answered: pings of a service's address")                     \
+	X(UNANSWERED, "unanswered", DROP, "refused without telling the client: too many, or not possible")
+
+#define TL_ENUM(name, key, verdict, text) TL_##name,
+enum tl_reason { TL_REASONS(TL_ENUM) TL_N_REASONS };
+#undef TL_ENUM
+
+#endif

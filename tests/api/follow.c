@@ -1,0 +1,79 @@
+/* SPDX-License-Identifier: MIT
+ * follow [--once] [--node NAME] --kubeconfig FILE: the API client and the model
+ * of the real tail_lifter.c, without the kernel's side. Prints what the model
+ * holds after each change: "services=2 backends=2 node=z1 synced". */
+#ifndef TAIL_LIFTER_C
+#define TAIL_LIFTER_C "../../tail_lifter.c"
+#endif
+#define main tail_lifter_main
+#include TAIL_LIFTER_C
+#undef main
+
+static struct api api;
+static struct model model;
+static struct resolved resolved;
+static char last[200];
+
+/* Counts what stands in the model now. */
+static void follow_print(void)
+{
+	int services = 0, backends = 0;
+	bool synced = model.synced[SERVICES] && model.synced[SLICES] && model.synced[NODES];
+	struct service *s;
+	char now[200];
+
+	model_settle(&model);
+	while ((s = model_next_dirty(&model)))
+		if (s->gone)
+			model_forget(&model, s);
+	TABLE_EACH(&model.services, l) {
+		s = (struct service *)l;
+		resolve_service(&model, s, &resolved);
+		services += resolved.n > 0;
+		for (int i = 0; i < resolved.n; i++)
+			backends += resolved.entries[i].n_backends;
+	}
+	snprintf(now, sizeof(now), "services=%d backends=%d node=%s %s", services, backends,
+		 model.places.zone && *model.places.zone ? model.places.zone : "-", synced ? "synced" : "not synced");
+	if (strcmp(now, last))
+		puts(strcpy(last, now));
+}
+
+int main(int argc, char **argv)
+{
+	int epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+
+	setvbuf(stdout, NULL, _IOLBF, 0);
+	opt.node = "n1";
+	for (int i = 1; i < argc; i++)
+		if (!strcmp(argv[i], "--once"))
+			api.once = true;
+		else if (!strcmp(argv[i], "-v"))
+			loud = 2;
+		else if (!strcmp(argv[i], "--node") && i + 1 < argc)
+			opt.node = argv[++i];
+		else if (!strcmp(argv[i], "--kubeconfig") && i + 1 < argc)
+			opt.kubeconfig = argv[++i];
+	if (model_init(&model, &opt) || api_open(&api)) {
+		warn("%s", why);
+		return 1;
+	}
+	api_start(&api, epoll_fd, 100);
+	while (!api.failed) {
+		int64_t left = api_deadline(&api) - now_ms();
+		struct epoll_event e[8];
+		int n = epoll_wait(epoll_fd, e, 8, left < 0 ? 0 : left > 1000000 ? 1000000 : (int)left);
+
+		for (int i = 0; i < n; i++)
+			api_ready(&api, &model, e[i].data.u32 - 100, e[i].events);
+		api_tick(&api, now_ms());
+		follow_print();
+		if (api.once && model.synced[SERVICES] && model.synced[SLICES] && model.synced[NODES]) {
+			api_stop(&api);
+			return 0;
+		}
+	}
+	warn("%s", api.failed);
+	api_stop(&api);
+	return 1;
+}

@@ -1,0 +1,170 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * guest.c: what the tests inside a virtual machine need and busybox cannot.
+ *
+ *   guest tun NAME             makes a TUN that stays
+ *   guest clsact NAME          gives an interface a clsact qdisc, as others do
+ *   guest ping NAME FROM TO    puts an ICMP echo request into a TUN, waits for its reply
+ *   guest programs             a line per loaded tc program: name, instructions, bytes
+ *                              of machine code (0: no JIT), instructions walked by the
+ *                              verifier (0: kernel before 5.16)
+ *   guest walk                 loads them once more; a line each: name, instructions walked
+ */
+#define _GNU_SOURCE
+#include <arpa/inet.h>
+#include <err.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/if_tun.h>
+#include <net/if.h>
+#include <poll.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <bpf/bpf.h>
+#include <bpf/libbpf.h>
+
+#include "tail_lifter.skel.h"
+
+enum { LOG_STATS = 4, LOG_ROOM = 4096, MAX_PROGRAMS = 16 };
+
+static int tun_open(const char *name)
+{
+	struct ifreq ifr = { .ifr_flags = IFF_TUN | IFF_NO_PI };
+	int fd = open("/dev/net/tun", O_RDWR | O_CLOEXEC);
+
+	snprintf(ifr.ifr_name, sizeof(ifr.ifr_name), "%s", name);
+	if (fd < 0 || ioctl(fd, TUNSETIFF, &ifr))
+		err(2, "/dev/net/tun: %s", name);
+	return fd;
+}
+
+static int cmd_tun(char **arg)
+{
+	if (ioctl(tun_open(arg[0]), TUNSETPERSIST, 1))
+		err(2, "%s", arg[0]);
+	return 0;
+}
+
+static int cmd_clsact(char **arg)
+{
+	DECLARE_LIBBPF_OPTS(bpf_tc_hook, hook, .ifindex = if_nametoindex(arg[0]),
+			    .attach_point = BPF_TC_INGRESS | BPF_TC_EGRESS);
+	int r = bpf_tc_hook_create(&hook);
+
+	if (r)
+		errx(1, "clsact at %s: %s", arg[0], strerror(-r));
+	return 0;
+}
+
+static unsigned short sum16(const unsigned char *data, int n)
+{
+	unsigned sum = 0;
+
+	for (int i = 0; i < n; i += 2)
+		sum += data[i] << 8 | data[i + 1];
+	while (sum >> 16)
+		sum = (sum & 0xffff) + (sum >> 16);
+	return htons(~sum);
+}
+
+static int cmd_ping(char **arg)
+{
+	enum { LEN = 28, IP = 20 };
+	unsigned char p[LEN] = { [0] = 0x45, [3] = LEN, [8] = 64, [9] = 1, [IP] = 8, [IP + 7] = 1 };
+	unsigned char got[2048];
+	unsigned short sum;
+	int fd = tun_open(arg[0]);
+	struct pollfd ready = { .fd = fd, .events = POLLIN };
+
+	if (inet_pton(AF_INET, arg[1], p + 12) != 1 || inet_pton(AF_INET, arg[2], p + 16) != 1)
+		errx(2, "not addresses: %s %s", arg[1], arg[2]);
+	sum = sum16(p, IP);
+	memcpy(p + 10, &sum, 2);
+	sum = sum16(p + IP, LEN - IP);
+	memcpy(p + IP + 2, &sum, 2);
+	if (write(fd, p, LEN) != LEN)
+		err(1, "%s", arg[0]);
+	while (poll(&ready, 1, 5000) == 1) /* others may speak too: router solicitations */
+		if (read(fd, got, sizeof(got)) == LEN && got[0] == 0x45 && got[9] == 1 &&
+		    !memcmp(got + 12, p + 16, 4) && !memcmp(got + 16, p + 12, 4))
+			return got[IP] != 0 || sum16(got, IP) || sum16(got + IP, LEN - IP);
+	errx(1, "no answer from %s", arg[2]);
+}
+
+static int cmd_programs(char **arg)
+{
+	(void)arg;
+	for (__u32 id = 0; !bpf_prog_get_next_id(id, &id);) {
+		struct bpf_prog_info info = { 0 };
+		__u32 len = sizeof(info);
+		int fd = bpf_prog_get_fd_by_id(id);
+
+		if (fd < 0)
+			continue; /* just gone */
+		if (!bpf_prog_get_info_by_fd(fd, &info, &len) && info.type == BPF_PROG_TYPE_SCHED_CLS)
+			printf("%s %u %u %u\n", info.name, info.xlated_prog_len / 8,
+			       info.jited_prog_len, info.verified_insns);
+		close(fd);
+	}
+	return 0;
+}
+
+static int cmd_walk(char **arg)
+{
+	static char log[MAX_PROGRAMS][LOG_ROOM];
+	struct tail_lifter *bpf = tail_lifter__open();
+	struct bpf_program *p;
+	struct timespec tick;
+	int i = 0, r;
+
+	(void)arg;
+	if (!bpf)
+		err(1, "the BPF object");
+	clock_getres(CLOCK_MONOTONIC_COARSE, &tick);
+	bpf->rodata->tl_hz = (1000000000 + tick.tv_nsec / 2) / tick.tv_nsec; /* as the agent does */
+	bpf_object__for_each_program(p, bpf->obj) {
+		bpf_program__set_log_level(p, LOG_STATS);
+		bpf_program__set_log_buf(p, log[i++ % MAX_PROGRAMS], LOG_ROOM);
+	}
+	r = tail_lifter__load(bpf);
+	i = 0;
+	bpf_object__for_each_program(p, bpf->obj) {
+		const char *said = log[i++ % MAX_PROGRAMS], *at = strstr(said, "processed ");
+
+		if (r)
+			fputs(said, stderr);
+		else
+			printf("%s %d\n", bpf_program__name(p), at ? atoi(at + strlen("processed ")) : 0);
+	}
+	tail_lifter__destroy(bpf);
+	return r != 0;
+}
+
+static int quiet(enum libbpf_print_level level, const char *format, va_list args)
+{
+	(void)level, (void)format, (void)args;
+	return 0;
+}
+
+int main(int argc, char **argv)
+{
+	static const struct {
+		const char *word;
+		int n_args;
+		int (*run)(char **arg);
+	} command[] = {
+		{ "tun", 1, cmd_tun },		 { "clsact", 1, cmd_clsact }, { "ping", 3, cmd_ping },
+		{ "programs", 0, cmd_programs }, { "walk", 0, cmd_walk },
+	};
+
+	libbpf_set_print(quiet);
+	for (size_t i = 0; argc > 1 && i < sizeof(command) / sizeof(*command); i++)
+		if (!strcmp(argv[1], command[i].word) && argc == 2 + command[i].n_args)
+			return command[i].run(argv + 2);
+	errx(2, "usage: see the head of guest.c");
+}
