@@ -17,7 +17,8 @@
 # rename when it is whole, and it may be deleted at any time. With it a build needs
 # no network; `./build.sh update` looks for newer sources.
 #
-# Environment: V=1 shows every command; JOBS=n compiles n files at once.
+# Environment: V=1 shows every command; JOBS=n compiles n files at once; ARCH=aarch64
+# makes `build` and `cc` compile for another architecture.
 # A verb is a function verb_NAME with its line of help behind the brace.
 
 # shellcheck disable=SC2086,SC2046,SC2016,SC1003 # flags are words
@@ -126,24 +127,30 @@ mirrors() {
 		awk '($2 == "Debian" || $2 == "Debian-Security") && !seen[$0]++'
 }
 
-# An apt of our own that sees only the sources of SUITE; the system's stays as it is.
+# private_apt DIR [ARCHES SUITES]: an apt of our own; the system's stays as it is. It sees
+# only the sources of SUITE, or the packages of SUITES for ARCHES (Debian's words).
 private_apt() {
-	local dir=$1 uri label suite lines=0 key=/usr/share/keyrings/debian-archive-keyring.gpg
+	local dir=$1 arches=${2:-} suites=${3:-$SUITE} uri label suite key=/usr/share/keyrings/debian-archive-keyring.gpg
 	mkdir -p "$dir/lists/partial" "$dir/archives/partial"
+	: >"$dir/status" # nothing is installed
 	while read -r uri label; do
-		suite=$SUITE
-		[ "$label" = Debian ] || suite=$SUITE-security
-		printf 'deb-src %s%s %s main\n' "$([ -e $key ] && echo "[signed-by=$key] ")" "$uri" "$suite"
-		lines=$((lines + 1))
+		for suite in $suites; do
+			[ "$label" = Debian ] || suite=$suite-security
+			[ $suite = sid-security ] || printf '%s %s%s %s main\n' "$([ -n "$arches" ] && echo deb || echo deb-src)" \
+				"$([ -e $key ] && echo "[signed-by=$key] ")" "$uri" "$suite"
+		done
 	done < <(mirrors) >"$dir/sources.list"
 	[ -s "$dir/sources.list" ] || return 1
 	cat >"$dir/apt.conf" <<-END
 		Dir::Etc::SourceList "$dir/sources.list";
 		Dir::Etc::SourceParts "-";
 		Dir::State::Lists "$dir/lists";
+		Dir::State::Status "$dir/status";
 		Dir::Cache "$dir";
 		APT::Sandbox::User "";
 		Acquire::Languages "none";
+		Acquire::IndexTargets::deb::DEP-11::DefaultEnabled "false";
+		${arches:+APT::Architectures { ${arches// /; }; \};}
 	END
 }
 
@@ -539,8 +546,9 @@ check_static() {
 
 # === verbs =================================================================
 
-verb_build() { # build ./tail_lifter for this machine (the default)
-	agent "$NATIVE" tail_lifter
+verb_build() { # build ./tail_lifter for this machine (the default); ARCH=aarch64: dist/tail_lifter-aarch64
+	[ -z "${ARCH:-}" ] || mkdir -p dist
+	agent "${ARCH:-$NATIVE}" "${ARCH:+dist/}tail_lifter${ARCH:+-$ARCH}"
 }
 
 verb_all() { # build for x86_64, aarch64 and armv7 into dist/, with checksums
@@ -555,7 +563,7 @@ verb_all() { # build for x86_64, aarch64 and armv7 into dist/, with checksums
 verb_cc() { # OUT FILE.c [FLAG...]: compile a test like the agent (musl, static), asserts on
 	local arch out=${1:?OUT} file=${2:?FILE.c}
 	shift 2
-	arch=$NATIVE
+	arch=${ARCH:-$NATIVE}
 	libraries "$arch"
 	bpf "$arch"
 	run $CC ${C_FLAGS//-DNDEBUG/} -g -O1 $ARCH_FLAGS $WARNINGS $(musl_includes) "$TLS_CONFIG" -isystem "build/$arch" \
@@ -604,8 +612,10 @@ layer_netns() {
 	test_program world tests/world.c && LIFTER=$PWD/tail_lifter WORLD=$BUILT tests/netns
 }
 layer_real() { tests/real/run; }
+layer_kernels() { tests/kernels/run; }
 
-# Runs a layer, shows what it says but for its last line, and adds that up.
+# Runs a layer, shows what it says but for its last line, and adds that up. Where nothing
+# failed only lines that begin with `kernel` are for everybody.
 layer() {
 	local log=build/test/$1.log last start=$SECONDS
 	step test "$1"
@@ -618,11 +628,11 @@ layer() {
 		return
 	}
 	PASSED=$((PASSED + BASH_REMATCH[1])) FAILED=$((FAILED + BASH_REMATCH[2]))
-	[ "${BASH_REMATCH[2]}" = 0 ] && [ -z "${V:-}" ] || sed '$d' "$log"
+	[ "${BASH_REMATCH[2]}" = 0 ] && [ -z "${V:-}" ] && sed -n '/^kernel /p' "$log" || sed '$d' "$log"
 	step "" "$last, $((SECONDS - start)) s"
 }
 
-verb_test() { # [LAYER...]: unit semantics api packet netns (the default), real; as root
+verb_test() { # [LAYER...]: unit semantics api packet netns (the default), real, kernels; as root
 	local one
 	as_root test
 	PASSED=0 FAILED=0
@@ -642,6 +652,10 @@ verb_test() { # [LAYER...]: unit semantics api packet netns (the default), real;
 verb_deps() { # build only the libraries
 	libraries "$NATIVE"
 	step libraries "$(versions)"
+}
+
+verb_apt() { # DIR ARCHES SUITES: make DIR/apt.conf, an apt that sees only those (tests/kernels)
+	private_apt "$@" || die "apt knows no Debian mirror; as root: apt-get update"
 }
 
 verb_update() { # look for newer sources of the libraries, then build

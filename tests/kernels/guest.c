@@ -5,6 +5,7 @@
  *   guest tun NAME             makes a TUN that stays
  *   guest clsact NAME          gives an interface a clsact qdisc, as others do
  *   guest ping NAME FROM TO    puts an ICMP echo request into a TUN, waits for its reply
+ *   guest few COMMAND...       runs it as root in the DaemonSet does: CAP_BPF, CAP_NET_ADMIN
  *   guest programs             a line per loaded tc program: name, instructions, bytes
  *                              of machine code (0: no JIT), instructions walked by the
  *                              verifier (0: kernel before 5.16)
@@ -15,6 +16,7 @@
 #include <err.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/capability.h>
 #include <linux/if_tun.h>
 #include <net/if.h>
 #include <poll.h>
@@ -22,6 +24,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/prctl.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -87,13 +90,27 @@ static int cmd_ping(char **arg)
 	memcpy(p + 10, &sum, 2);
 	sum = sum16(p + IP, LEN - IP);
 	memcpy(p + IP + 2, &sum, 2);
-	if (write(fd, p, LEN) != LEN)
-		err(1, "%s", arg[0]);
-	while (poll(&ready, 1, 5000) == 1) /* others may speak too: router solicitations */
-		if (read(fd, got, sizeof(got)) == LEN && got[0] == 0x45 && got[9] == 1 &&
-		    !memcmp(got + 12, p + 16, 4) && !memcmp(got + 16, p + 12, 4))
-			return got[IP] != 0 || sum16(got, IP) || sum16(got + IP, LEN - IP);
+	/* Asked again: a TUN that was just opened loses what it sends until the kernel has
+	 * seen its carrier, up to a second later. */
+	for (int tries = 0; tries < 12; tries++) {
+		if (write(fd, p, LEN) != LEN)
+			err(1, "%s", arg[0]);
+		while (poll(&ready, 1, 300) == 1) /* others may speak too: router solicitations */
+			if (read(fd, got, sizeof(got)) == LEN && got[0] == 0x45 && got[9] == 1 &&
+			    !memcmp(got + 12, p + 16, 4) && !memcmp(got + 16, p + 12, 4))
+				return got[IP] != 0 || sum16(got, IP) || sum16(got + IP, LEN - IP);
+	}
 	errx(1, "no answer from %s", arg[2]);
+}
+
+/* What leaves the bounding set is lost with the next exec, to root too. */
+static int cmd_few(char **arg)
+{
+	for (int cap = 0; cap <= CAP_LAST_CAP; cap++)
+		if (cap != CAP_BPF && cap != CAP_NET_ADMIN)
+			prctl(PR_CAPBSET_DROP, cap); /* an old kernel may not know the last ones */
+	execvp(arg[0], arg);
+	err(2, "%s", arg[0]);
 }
 
 static int cmd_programs(char **arg)
@@ -155,16 +172,17 @@ int main(int argc, char **argv)
 {
 	static const struct {
 		const char *word;
-		int n_args;
+		int n_args; /* negative: so many or more */
 		int (*run)(char **arg);
 	} command[] = {
 		{ "tun", 1, cmd_tun },		 { "clsact", 1, cmd_clsact }, { "ping", 3, cmd_ping },
-		{ "programs", 0, cmd_programs }, { "walk", 0, cmd_walk },
+		{ "few", -1, cmd_few },		 { "walk", 0, cmd_walk },     { "programs", 0, cmd_programs },
 	};
 
 	libbpf_set_print(quiet);
 	for (size_t i = 0; argc > 1 && i < sizeof(command) / sizeof(*command); i++)
-		if (!strcmp(argv[1], command[i].word) && argc == 2 + command[i].n_args)
+		if (!strcmp(argv[1], command[i].word) &&
+		    (command[i].n_args < 0 ? argc >= 2 - command[i].n_args : argc == 2 + command[i].n_args))
 			return command[i].run(argv + 2);
 	errx(2, "usage: see the head of guest.c");
 }
