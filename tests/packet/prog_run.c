@@ -26,7 +26,7 @@
  * VERDICT is a number of linux/pkt_cls.h. # begins a comment.
  *
  * Bad input: one reason, the verdict that it has, and nothing written unless the reason
- * is request or reply, and then as long as before; or an answer was sent instead.
+ * is request, reply or icmp_error, and then as long as before; or an answer was sent instead.
  *
  * Prints for each row, any and has: LINE ok|FAIL|refused NAME VERDICT COUNTERS OUT, with
  * -q only failures; `refused` is a frame too short for the kernel to test. At last
@@ -389,7 +389,8 @@ static bool suits(const struct result *r, int len, bool same)
 	switch (reasons[r->reason].fate) {
 	case PASS:
 		return r->verdict == TC_ACT_UNSPEC && r->len == len &&
-			(same || r->reason == TL_REQUEST_SENT || r->reason == TL_REPLY_SENT);
+			(same || r->reason == TL_REQUEST_SENT || r->reason == TL_REPLY_SENT ||
+			 r->reason == TL_ICMP_ERROR);
 	case DROP:
 		return r->verdict == TC_ACT_SHOT && same;
 	default: /* an answer, or none */
