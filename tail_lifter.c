@@ -81,6 +81,7 @@
 #include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/sysmacros.h>
 #include <sys/types.h>
 #include <sys/vfs.h>
 #include <sys/wait.h>
@@ -3778,25 +3779,27 @@ static int from_read(struct model *m, const char *file)
 	return got ? fail("%s: %s", strcmp(file, "-") ? file : "stdin", why) : 0;
 }
 /* === maps (entries into the datapath) =====================================
- * What a service has in the maps is remembered as a list of elements, a map and
- * a key each, sorted. To program it anew: write all its elements, what is
- * pointed at before what points; then drop those of the old list that the new
- * one lacks. A set of backends is named by a hash of its contents, so it never
- * changes, and the switch from one to the next is the write of one svc_map
- * value. Sets stay for a moment after the last service let go of them: a packet
- * may be looking at them. */
-enum element_map { IN_NODE_TEXT, IN_TEXT, IN_NET, IN_SET, IN_SVC, IN_ADDRESS };
+ * What a service has in the maps is remembered as a sorted list of elements, a map
+ * and a key each. To program it anew: write all its elements, what is pointed at
+ * before what points; then drop those of the old list that the new one lacks. A set
+ * of backends is named by a hash of its contents, so it never changes, and the switch
+ * from one to the next is the write of one svc_map value. */
+enum map { TEXT_MAP, NET_MAP, SET_MAP, SVC_MAP, CT_MAP, STAT_MAP, AGENT_MAP, N_MAPS };
 
-#define KEY_MOST  28	  /* bytes of the longest key below */
-#define SET_GRACE 1000 /* ms; the datapath holds on to a set for microseconds */
+static const char *const map_names[N_MAPS] = { "text_map", "net_map",  "set_map",  "svc_map",
+					       "ct_map",   "stat_map", "agent_map" };
+
+#define KEY_MOST    28	  /* bytes of the longest key below */
+#define SET_GRACE   1000  /* ms; the datapath holds on to a set for microseconds */
+#define WRITE_AGAIN 30000 /* ms until what a map did not take is tried again */
 
 struct element {
 	uint8_t map, zero[3];
 	union {
 		char bytes[KEY_MOST];  /* first: an initializer zeroes all of it */
-		struct tl_svc_key svc; /* IN_SVC, IN_ADDRESS */
+		struct tl_svc_key svc; /* port 0: an address */
 		struct tl_set_key set;
-		struct tl_text_key text; /* IN_TEXT, IN_NODE_TEXT */
+		struct tl_text_key text;
 		struct tl_net_key net;
 	};
 } __attribute__((packed, aligned(4))); /* compared as bytes */
@@ -3806,43 +3809,35 @@ _Static_assert(sizeof(struct tl_net_key) == KEY_MOST, "the longest key");
 /* struct service's `programmed`. */
 struct programmed {
 	uint64_t udp; /* a hash of what its UDP flows may be bound to */
-	uint64_t n;
+	uint32_t n;
+	bool failed; /* a map did not take all of it */
 	struct element at[];
 };
 
-/* How many services an address is written for. Names of nodes are here as well, not
- * in the services' lists: there are few, and they stay until the next start. */
+/* How many hold an element: services an address, backends the name of their node.
+ * Those names are not in the services' lists, and stay until the next start: they are few. */
 struct shared {
 	struct link link;
 	struct element element;
-	uint32_t refs;
+	uint64_t holders;
+};
+
+/* A set that its service let go of: a packet may still be looking at it. */
+struct dying {
+	struct tl_set_key set; /* 0: it lives again */
+	int64_t at;
 };
 
 /* Descriptors of the pinned maps, and what is remembered of their contents. */
 static struct maps {
-	int svc, set, text, net, ct, aff, frag, stat, agent;
+	int fd[N_MAPS];
 	struct table shared;
-	struct buf dying; /* elements of set_map and text_map that nothing points at any more */
-	int64_t reap_at;  /* when they go; INT64_MAX: there are none */
+	struct buf dying; /* struct dying, in the order of their ends */
+	int64_t again_at; /* when services that `failed` are written again; INT64_MAX: none did */
 	struct buf udp;	  /* uint64_t: what maps_flush_udp may keep, see udp_mark */
 	bool udp_changed;
 	bool adopted; /* the first sync is done: nothing unknown is left in the maps */
-} maps = { .reap_at = INT64_MAX };
-
-static int element_fd(const struct maps *m, enum element_map map)
-{
-	switch (map) {
-	case IN_NODE_TEXT:
-	case IN_TEXT:
-		return m->text;
-	case IN_NET:
-		return m->net;
-	case IN_SET:
-		return m->set;
-	default:
-		return m->svc;
-	}
-}
+} maps = { .again_at = INT64_MAX };
 
 static int element_order(const void *a, const void *b)
 {
@@ -3854,77 +3849,76 @@ static bool element_in(const struct element *e, const struct element *at, size_t
 	return n && bsearch(e, at, n, sizeof(*e), element_order);
 }
 
-static struct shared *shared_find(struct maps *m, const struct element *e)
+/* Elements as a set: sorted, each once. */
+static size_t elements_sort(struct element *at, size_t n)
+{
+	size_t kept = 0;
+
+	if (n)
+		qsort(at, n, sizeof(*at), element_order);
+	for (size_t i = 0; i < n; i++)
+		if (!i || element_order(&at[i], &at[kept - 1]))
+			at[kept++] = at[i];
+	return kept;
+}
+
+/* One holder more or less; how many there are now. */
+static uint64_t shared_count(struct maps *m, const struct element *e, int by)
 {
 	uint64_t hash = hash64(0, e, sizeof(*e));
 	struct shared *s = NULL;
 
 	while ((s = (struct shared *)table_next(&m->shared, (struct link *)s, hash)))
-		if (!memcmp(&s->element, e, sizeof(*e)))
+		if (!element_order(&s->element, e))
 			break;
-	return s;
-}
-
-static void shared_hold(struct maps *m, const struct element *e)
-{
-	struct shared *s = shared_find(m, e);
-
 	if (!s) {
 		s = mem(NULL, sizeof(*s));
-		s->element = *e;
-		s->refs = 0;
-		table_add(&m->shared, &s->link, hash64(0, e, sizeof(*e)));
+		*s = (struct shared){ .element = *e };
+		table_add(&m->shared, &s->link, hash);
 	}
-	s->refs++;
-}
-
-/* True: that was the last one. */
-static bool shared_release(struct maps *m, const struct element *e)
-{
-	struct shared *s = shared_find(m, e);
-
-	if (!s || --s->refs)
-		return false;
+	if (s->holders += by)
+		return s->holders;
 	table_remove(&m->shared, &s->link);
 	free(s);
-	return true;
+	return 0;
 }
 
 /* --- writing one service --------------------------------------------------- */
-/* What is being put together for a service: elements to remember; and whether
- * all of it could be written. */
 struct writing {
 	struct maps *maps;
 	const struct programmed *old;
-	struct buf elements;
-	const char *ns, *name;
-	bool failed;
+	const struct entry *entry; /* at hand */
+	struct buf elements;	   /* to remember */
+	bool failed; /* nothing more is written: it could point at what is not there */
 };
 
-/* Writes an element, unless it is there already and can only say the same.
- * Afterwards it is alive, even if it was dying. */
-static void write_element(struct writing *w, struct element *e, const void *value, bool constant)
+/* Writes an element, unless it is there already and can only say the same. */
+static void write_element(struct writing *w, const struct element *e, const void *value,
+			  bool constant)
 {
-	bool there = w->old && element_in(e, w->old->at, w->old->n);
-	struct element *dying = (struct element *)w->maps->dying.at;
+	struct maps *m = w->maps;
+	bool there = constant && w->old && element_in(e, w->old->at, w->old->n);
+	struct dying *d = (struct dying *)m->dying.at;
 
-	buf_add(&w->elements, e, sizeof(*e));
-	for (size_t i = 0; i < w->maps->dying.len / sizeof(*e); i++)
-		if (!memcmp(&dying[i], e, sizeof(*e)))
-			dying[i] = dying[w->maps->dying.len / sizeof(*e) - 1], w->maps->dying.len -= sizeof(*e);
-	if ((there && constant) || w->failed)
-		return;
-	if (bpf_map_update_elem(element_fd(w->maps, e->map), e->bytes, value, BPF_ANY)) {
+	for (size_t i = 0; e->map == SET_MAP && i < m->dying.len / sizeof(*d); i++)
+		if (!memcmp(&d[i].set, &e->set, sizeof(e->set)))
+			d[i].set.set = 0;
+	if (!there && !w->failed && bpf_map_update_elem(m->fd[e->map], e->bytes, value, BPF_ANY)) {
 		w->failed = true;
-		warn("service %s/%s is not served as it should be: a map did not take it: %s", w->ns, w->name,
-		     errno == E2BIG ? "it is full" : strerror(errno));
+		if (!w->old || !w->old->failed)
+			warn("service %s/%s is not served as it should be: %s did not take it "
+			     "(%s); it is tried again from time to time",
+			     w->entry->ns, w->entry->name, map_names[e->map],
+			     errno == E2BIG ? "it is full" : strerror(errno));
 	}
+	if (there || !w->failed)
+		buf_add(&w->elements, e, sizeof(*e));
 }
 
 /* A text in pieces; returns its number. */
-static uint64_t write_text(struct writing *w, enum element_map map, const char *text, size_t n)
+static uint64_t write_text(struct writing *w, const char *text, size_t n, bool shared)
 {
-	struct element e = { .map = map };
+	struct element e = { .map = TEXT_MAP };
 
 	if (!n)
 		return 0;
@@ -3934,29 +3928,22 @@ static uint64_t write_text(struct writing *w, enum element_map map, const char *
 
 		memcpy(piece.at, text + at, n - at < TL_TEXT ? n - at : TL_TEXT);
 		e.text.piece = at / TL_TEXT;
-		if (map == IN_TEXT) {
+		if (!shared)
 			write_element(w, &e, &piece, true);
-		} else if (!shared_find(w->maps, &e)) {
-			shared_hold(w->maps, &e);
-			bpf_map_update_elem(w->maps->text, e.bytes, &piece, BPF_ANY);
-		}
+		else if (shared_count(w->maps, &e, 1) == 1)
+			bpf_map_update_elem(w->maps->fd[TEXT_MAP], e.bytes, &piece, BPF_ANY);
 	}
 	return e.text.text;
 }
 
-/* The part of a backend that every node agrees on. */
-static uint64_t backend_seed(const struct in6_addr *addr, uint16_t port)
+static void put_backend(struct writing *w, struct tl_backend *to, const struct backend *b,
+			uint32_t index)
 {
-	uint64_t seed = hash64(port, addr, sizeof(*addr));
+	uint64_t seed = hash64(b->port, &b->addr, sizeof(b->addr)); /* every node agrees on it */
 
-	return seed ? seed : 1; /* 0 means none */
-}
-
-static void put_backend(struct writing *w, struct tl_backend *to, const struct backend *b, uint32_t index)
-{
 	*to = (struct tl_backend){
-		.seed = backend_seed(&b->addr, b->port),
-		.node = write_text(w, IN_NODE_TEXT, b->node, strlen(b->node)),
+		.seed = seed ? seed : 1, /* 0 means none */
+		.node = write_text(w, b->node, strlen(b->node), true),
 		.port = htons(b->port),
 		.flags = b->local ? TL_BACKEND_LOCAL : 0,
 		.index = index,
@@ -3966,71 +3953,65 @@ static void put_backend(struct writing *w, struct tl_backend *to, const struct b
 
 /* Writes the backends of an entry, at most TL_MAX_BACKENDS; the set's number is
  * of the service port and scope as well, so that no other entry has the same. */
-static void write_set(struct writing *w, const struct entry *entry, struct tl_svc *svc)
+static void write_set(struct writing *w, struct tl_svc *svc)
 {
-	uint32_t n = entry->n_backends < TL_MAX_BACKENDS ? entry->n_backends : TL_MAX_BACKENDS;
-	struct element e = { .map = IN_SET };
+	const struct entry *entry = w->entry;
+	uint32_t all = entry->n_backends, n = all < TL_MAX_BACKENDS ? all : TL_MAX_BACKENDS;
+	struct element e = { .map = SET_MAP };
 	struct tl_chunk chunk;
 
-	if (n != (uint32_t)entry->n_backends)
-		warn("service %s/%s has %d backends, more than the %u that are looked through: the rest gets nothing",
-		     entry->ns, entry->name, entry->n_backends, n);
+	if (n != all)
+		warn("service %s/%s has %u backends, more than the %u that are looked through: "
+		     "the rest gets nothing",
+		     entry->ns, entry->name, all, n);
 	svc->n_backends = n;
 	svc->set = hash64(svc->name, &entry->scope, sizeof(entry->scope));
-	for (uint32_t i = 0; i < n; i++) {
-		const struct backend *b = &entry->backends[i];
-
-		svc->set = hash64(svc->set ^ b->port ^ (uint64_t)b->local << 32, &b->addr, sizeof(b->addr));
+	for (const struct backend *b = entry->backends; b < entry->backends + n; b++) {
+		svc->set ^= b->port ^ (uint64_t)b->local << 32;
+		svc->set = hash64(svc->set, &b->addr, sizeof(b->addr));
 		svc->set = hash64(svc->set, b->node, strlen(b->node));
 	}
 	e.set.set = svc->set;
-	for (uint32_t c = 0; c * TL_CHUNK < n; c++) {
-		for (uint32_t i = 0; i < TL_CHUNK; i++) { /* filled up with its first, see choose() */
-			uint32_t index = c * TL_CHUNK + i < n ? c * TL_CHUNK + i : c * TL_CHUNK;
+	for (uint32_t from = 0; from < n; from += TL_CHUNK) {
+		for (uint32_t i = 0; i < TL_CHUNK; i++) {
+			uint32_t index = from + i < n ? from + i : from; /* see choose() */
 
 			put_backend(w, &chunk.at[i], &entry->backends[index], index);
 		}
-		e.set.chunk = c;
+		e.set.chunk = from / TL_CHUNK;
 		write_element(w, &e, &chunk, true);
 	}
 }
 
-static void write_sources(struct writing *w, const struct entry *entry, uint64_t name)
+static void write_sources(struct writing *w, uint64_t name)
 {
-	struct element e = { .map = IN_NET };
+	struct element e = { .map = NET_MAP, .net.scope = { name, name >> 32 } };
 	uint32_t one = 1;
 
-	for (int i = 0; i < entry->n_sources; i++) {
-		e.net.prefixlen = 64 + entry->sources[i].bits;
-		e.net.scope[0] = name;
-		e.net.scope[1] = name >> 32;
-		memcpy(&e.net.addr, &entry->sources[i].addr, sizeof(e.net.addr));
+	for (int i = 0; i < w->entry->n_sources; i++) {
+		const struct cidr *c = &w->entry->sources[i];
+
+		e.net.prefixlen = 64 + c->bits;
+		memcpy(&e.net.addr, &c->addr, sizeof(e.net.addr));
 		write_element(w, &e, &one, true);
 	}
 }
 
-static void write_frontends(struct writing *w, const struct entry *entry, const struct tl_svc *svc)
+static void write_frontends(struct writing *w, const struct tl_svc *svc)
 {
-	struct tl_svc address = { 0 };
+	struct tl_svc none = { 0 };
 
-	for (int i = 0; i < entry->n_frontends; i++) {
-		struct element e = { .map = IN_SVC };
+	for (int i = 0; i < w->entry->n_frontends; i++) {
+		const struct frontend *f = &w->entry->frontends[i];
+		struct element e = { .map = SVC_MAP };
 
-		memcpy(&e.svc.addr, &entry->frontends[i].addr, sizeof(e.svc.addr));
-		e.svc.port = htons(entry->frontends[i].port);
-		e.svc.proto = entry->proto;
+		memcpy(&e.svc.addr, &f->addr, sizeof(e.svc.addr));
+		e.svc.port = htons(f->port);
+		e.svc.proto = w->entry->proto;
 		write_element(w, &e, svc, false);
-		e.map = IN_ADDRESS;
-		e.svc.port = 0;
-		e.svc.proto = 0;
-		write_element(w, &e, &address, true);
+		e.svc.port = e.svc.proto = 0;
+		write_element(w, &e, &none, true);
 	}
-}
-
-/* Bounded by what objects may be called (MAX_NAME, MAX_PORTNAME). */
-static size_t entry_text(const struct entry *e, char text[600])
-{
-	return snprintf(text, 600, "%s/%s/%s/%d", e->ns, e->name, e->port, e->proto);
 }
 
 /* UDP flows may stay if service port, frontend and backend are among these
@@ -4040,17 +4021,18 @@ static uint64_t udp_mark(uint64_t name, char what, const struct in6_addr *addr, 
 	return hash64(name ^ (uint64_t)what << 24 ^ port, addr, sizeof(*addr));
 }
 
-static uint64_t entry_udp(struct maps *m, const struct entry *e, uint64_t name)
+static uint64_t entry_udp(struct buf *marks, const struct entry *e, uint64_t name)
 {
 	uint64_t sum = 0, mark;
 
+	buf_add(marks, &name, sizeof(name));
 	for (int i = 0; i < e->n_frontends + e->n_serving; i++) {
-		bool front = i < e->n_frontends;
+		const struct frontend *f = &e->frontends[i];
 		const struct backend *b = &e->serving[i - e->n_frontends];
 
-		mark = front ? udp_mark(name, 'F', &e->frontends[i].addr, e->frontends[i].port) :
-			       udp_mark(name, 'B', &b->addr, b->port);
-		buf_add(&m->udp, &mark, sizeof(mark));
+		mark = i < e->n_frontends ? udp_mark(name, 'F', &f->addr, f->port) :
+					    udp_mark(name, 'B', &b->addr, b->port);
+		buf_add(marks, &mark, sizeof(mark));
 		sum += mark;
 	}
 	return sum;
@@ -4058,84 +4040,78 @@ static uint64_t entry_udp(struct maps *m, const struct entry *e, uint64_t name)
 
 static void write_entry(struct writing *w, const struct entry *entry, struct programmed *new)
 {
-	char text[600];
+	char text[600]; /* bounded by what objects may be called (MAX_NAME, MAX_PORTNAME) */
+	int n = snprintf(text, sizeof(text), "%s/%s/%s/%d", entry->ns, entry->name, entry->port,
+			 entry->proto);
 	struct tl_svc svc = {
 		.affinity = entry->affinity,
 		.flags = entry->scope | (entry->drop_if_empty ? TL_SVC_DROP_IF_EMPTY : 0) |
-			 (entry->n_sources ? TL_SVC_SOURCES : 0),
+			(entry->n_sources ? TL_SVC_SOURCES : 0),
 	};
 
-	svc.name = write_text(w, IN_TEXT, text, entry_text(entry, text));
-	write_sources(w, entry, svc.name);
-	write_set(w, entry, &svc);
-	write_frontends(w, entry, &svc);
-	if (entry->proto == IPPROTO_UDP) {
-		new->udp += entry_udp(w->maps, entry, svc.name);
-		buf_add(&w->maps->udp, &svc.name, sizeof(svc.name));
-	}
+	w->entry = entry;
+	svc.name = write_text(w, text, n, false);
+	write_sources(w, svc.name);
+	write_set(w, &svc);
+	write_frontends(w, &svc);
+	if (entry->proto == IPPROTO_UDP)
+		new->udp += entry_udp(&w->maps->udp, entry, svc.name);
 }
 
-/* An element that the service no longer has goes, now or soon: a frontend only
+/* An element that the service no longer has goes: a set soon, a frontend only
  * if it is still this service's, an address with its last holder. */
 static void drop_element(struct maps *m, const struct element *e, const struct programmed *old)
 {
-	struct element name = { .map = IN_TEXT };
+	struct dying d = { .set = e->set, .at = now_ms() + SET_GRACE };
+	struct element name = { .map = TEXT_MAP };
 	struct tl_svc svc;
 
-	if (e->map == IN_SVC) {
-		if (bpf_map_lookup_elem(m->svc, e->bytes, &svc))
+	if (e->map == SET_MAP) {
+		buf_add(&m->dying, &d, sizeof(d));
+		return;
+	}
+	if (e->map == SVC_MAP && e->svc.port) {
+		if (bpf_map_lookup_elem(m->fd[SVC_MAP], e->bytes, &svc))
 			return;
 		name.text.text = svc.name;
 		if (!element_in(&name, old->at, old->n))
 			return; /* another service has taken it over */
-	}
-	if (e->map == IN_ADDRESS && !shared_release(m, e))
-		return;
-	if (e->map == IN_SET || e->map == IN_TEXT) {
-		buf_add(&m->dying, e, sizeof(*e));
-		m->reap_at = now_ms() + SET_GRACE;
+	} else if (e->map == SVC_MAP && shared_count(m, e, -1)) {
 		return;
 	}
-	bpf_map_delete_elem(element_fd(m, e->map), e->bytes);
+	bpf_map_delete_elem(m->fd[e->map], e->bytes);
 }
 
-/* Elements as a set: sorted, each once. */
-static size_t elements_sort(struct element *at, size_t n)
-{
-	size_t kept = 0;
-
-	qsort(at, n, sizeof(*at), element_order);
-	for (size_t i = 0; i < n; i++)
-		if (!i || element_order(&at[i], &at[kept - 1]))
-			at[kept++] = at[i];
-	return kept;
-}
-
-/* Brings the maps to what `entries` say of the service, and `*memory` (its
- * `programmed`) with it. */
-static void maps_put(struct maps *m, void **memory, const char *ns, const char *name,
-		     const struct entry *entries, int n)
+/* Brings the maps to what `entries` say of a service, and `*memory` (its
+ * `programmed`) with it. What could not be written leaves the old in force. */
+static void maps_put(struct maps *m, void **memory, const struct entry *entries, int n)
 {
 	struct programmed *old = *memory, *new, header = { 0 };
-	struct writing w = { .maps = m, .old = old, .ns = ns, .name = name };
+	struct writing w = { .maps = m, .old = old };
 
 	buf_add(&w.elements, &header, sizeof(header));
 	for (int i = 0; i < n; i++)
 		write_entry(&w, &entries[i], &header);
+	if (w.failed)
+		m->again_at = now_ms() + WRITE_AGAIN;
+	if (w.failed && old)
+		buf_add(&w.elements, old->at, old->n * sizeof(*old->at));
+	header.failed = w.failed;
 	new = (struct programmed *)w.elements.at;
-	new->udp = header.udp;
-	new->n = elements_sort(new->at, (w.elements.len - sizeof(header)) / sizeof(*new->at));
-	new = mem(new, sizeof(*new) + new->n * sizeof(*new->at));
-	for (uint64_t i = 0; i < new->n; i++)
-		if (new->at[i].map == IN_ADDRESS && !(old && element_in(&new->at[i], old->at, old->n)))
-			shared_hold(m, &new->at[i]);
-	for (uint64_t i = old ? old->n : 0; i-- > 0;) /* from the last map to the first: pointers first */
+	header.n = elements_sort(new->at, (w.elements.len - sizeof(header)) / sizeof(*new->at));
+	new = mem(new, sizeof(header) + header.n * sizeof(*new->at));
+	*new = header;
+	for (uint32_t i = 0; i < new->n; i++)
+		if (new->at[i].map == SVC_MAP && !new->at[i].svc.port &&
+		    !(old && element_in(&new->at[i], old->at, old->n)))
+			shared_count(m, &new->at[i], 1);
+	for (uint32_t i = old ? old->n : 0; i-- > 0;) /* from the last map: pointers first */
 		if (!element_in(&old->at[i], new->at, new->n))
 			drop_element(m, &old->at[i], old);
-	if (old && old->udp != new->udp) { /* names of service ports that are gone count as looked at */
+	if (old && old->udp != new->udp) { /* names of service ports that are gone count too */
 		m->udp_changed = true;
-		for (uint64_t i = 0; i < old->n; i++)
-			if (old->at[i].map == IN_TEXT)
+		for (uint32_t i = 0; i < old->n; i++)
+			if (old->at[i].map == TEXT_MAP)
 				buf_add(&m->udp, &old->at[i].text.text, sizeof(uint64_t));
 	}
 	free(old);
@@ -4144,15 +4120,33 @@ static void maps_put(struct maps *m, void **memory, const char *ns, const char *
 		free(new);
 }
 
-/* Deletes the elements nothing has pointed at for a while. */
-static void maps_reap(struct maps *m)
+/* When maps_tick is to be called. */
+static int64_t maps_deadline(const struct maps *m)
 {
-	struct element *e = (struct element *)m->dying.at;
+	const struct dying *first = (struct dying *)m->dying.at;
 
-	for (size_t i = 0; i < m->dying.len / sizeof(*e); i++)
-		bpf_map_delete_elem(element_fd(m, e[i].map), e[i].bytes);
-	buf_free(&m->dying);
-	m->reap_at = INT64_MAX;
+	return m->dying.len && first->at < m->again_at ? first->at : m->again_at;
+}
+
+/* Deletes sets nothing has pointed at for a while; then there may be room for what
+ * failed: that becomes dirty. */
+static void maps_tick(struct maps *m, struct model *model, int64_t now)
+{
+	const struct dying *d = (struct dying *)m->dying.at;
+	size_t n = 0;
+
+	for (; n < m->dying.len / sizeof(*d) && d[n].at <= now; n++)
+		bpf_map_delete_elem(m->fd[SET_MAP], &d[n].set);
+	buf_drop(&m->dying, n * sizeof(*d));
+	if (m->again_at == INT64_MAX || (!n && now < m->again_at))
+		return;
+	m->again_at = INT64_MAX;
+	TABLE_EACH (&model->services, l) {
+		struct service *s = (struct service *)l;
+
+		if (s->programmed && ((struct programmed *)s->programmed)->failed)
+			model_dirty(model, s);
+	}
 }
 
 /* --- flows ----------------------------------------------------------------- */
@@ -4165,27 +4159,28 @@ static int number_order(const void *a, const void *b)
 
 static bool number_in(const struct buf *numbers, uint64_t number)
 {
-	return numbers->len && bsearch(&number, numbers->at, numbers->len / sizeof(number), sizeof(number),
-				       number_order);
+	size_t n = numbers->len / sizeof(number);
+
+	return n && bsearch(&number, numbers->at, n, sizeof(number), number_order);
 }
 
+typedef void flow_fn(void *arg, const struct tl_tuple *, const struct tl_flow *);
+
 /* Calls `each` for all flows, many at a time; false: ct_map could not be read. */
-static bool flows_walk(int fd, void (*each)(void *arg, const struct tl_tuple *, const struct tl_flow *),
-		       void *arg)
+static bool flows_walk(int fd, flow_fn *each, void *arg)
 {
 	enum { AT_ONCE = 1024 };
 	struct tl_tuple *keys = mem(NULL, AT_ONCE * sizeof(*keys));
 	struct tl_flow *flows = mem(NULL, AT_ONCE * sizeof(*flows));
-	uint64_t batch = 0;
-	bool more = true, begun = false, good = true;
+	uint64_t batch, *after = NULL;
+	bool more = true, good = true;
 
 	while (more) {
 		uint32_t n = AT_ONCE;
-		int r = bpf_map_lookup_batch(fd, begun ? &batch : NULL, &batch, keys, flows, &n, NULL);
 
-		more = !r;
-		good = !r || errno == ENOENT;
-		begun = true;
+		more = !bpf_map_lookup_batch(fd, after, &batch, keys, flows, &n, NULL);
+		good = more || errno == ENOENT;
+		after = &batch;
 		for (uint32_t i = 0; i < n && good; i++)
 			each(arg, &keys[i], &flows[i]);
 	}
@@ -4208,7 +4203,7 @@ static void flow_flush(void *arg, const struct tl_tuple *t, const struct tl_flow
 	memcpy(&back, request ? &f->dst : &t->src, sizeof(back));
 	if (!number_in(&m->udp, udp_mark(f->name, 'F', &front, front_port)) ||
 	    !number_in(&m->udp, udp_mark(f->name, 'B', &back, back_port)))
-		bpf_map_delete_elem(m->ct, t);
+		bpf_map_delete_elem(m->fd[CT_MAP], t);
 }
 
 /* After a sync: UDP flows go whose frontend or backend does (rule 17); a client
@@ -4217,7 +4212,7 @@ static void maps_flush_udp(struct maps *m)
 {
 	if (m->udp_changed || !m->adopted) {
 		qsort(m->udp.at, m->udp.len / sizeof(uint64_t), sizeof(uint64_t), number_order);
-		if (!flows_walk(m->ct, flow_flush, m))
+		if (!flows_walk(m->fd[CT_MAP], flow_flush, m))
 			warn("ct_map could not be read (%s): UDP flows of lost backends may linger",
 			     strerror(errno));
 	}
@@ -4227,22 +4222,16 @@ static void maps_flush_udp(struct maps *m)
 
 /* --- adopting what an earlier run left ------------------------------------- */
 /* Deletes from a map what no service has; `known` is sorted. */
-static void map_sweep(struct maps *m, enum element_map map, const struct element *known, size_t n)
+static void map_sweep(struct maps *m, enum map map, const struct element *known, size_t n)
 {
-	int fd = element_fd(m, map);
-	struct element e = { 0 }, next = { 0 };
-	bool more = !bpf_map_get_next_key(fd, NULL, next.bytes);
+	struct element e, next = { .map = map };
+	bool more = !bpf_map_get_next_key(m->fd[map], NULL, next.bytes);
 
 	while (more) {
 		e = next;
-		more = !bpf_map_get_next_key(fd, e.bytes, next.bytes);
-		e.map = map;
-		if (map == IN_SVC && !e.svc.port)
-			e.map = IN_ADDRESS;
-		if (element_in(&e, known, n) ||
-		    (map == IN_TEXT && (e.map = IN_NODE_TEXT, element_in(&e, known, n))))
-			continue;
-		bpf_map_delete_elem(fd, e.bytes);
+		more = !bpf_map_get_next_key(m->fd[map], e.bytes, next.bytes);
+		if (!element_in(&e, known, n))
+			bpf_map_delete_elem(m->fd[map], e.bytes);
 	}
 }
 
@@ -4254,10 +4243,10 @@ static void write_ranges(struct maps *m, struct buf *known)
 
 	for (int i = opt.has_vip_range ? -1 : 0; i < opt.n_maps; i++) {
 		const struct cidr *range = i < 0 ? &opt.vip_range : &opt.maps[i].from;
-		struct element e = { .map = IN_NET, .net.prefixlen = 64 + range->bits };
+		struct element e = { .map = NET_MAP, .net.prefixlen = 64 + range->bits };
 
 		memcpy(&e.net.addr, &range->addr, sizeof(e.net.addr));
-		bpf_map_update_elem(m->net, e.bytes, &one, BPF_ANY);
+		bpf_map_update_elem(m->fd[NET_MAP], e.bytes, &one, BPF_ANY);
 		buf_add(known, &e, sizeof(e));
 	}
 }
@@ -4266,22 +4255,22 @@ static void write_ranges(struct maps *m, struct buf *known)
 static void maps_adopt(struct maps *m, struct table *services)
 {
 	struct buf known = { 0 };
+	struct element *at;
 	size_t n;
 
-	TABLE_EACH(services, l) {
+	TABLE_EACH (services, l) {
 		struct programmed *p = ((struct service *)l)->programmed;
 
 		if (p)
 			buf_add(&known, p->at, p->n * sizeof(*p->at));
 	}
-	TABLE_EACH(&m->shared, l)
+	TABLE_EACH (&m->shared, l)
 		buf_add(&known, &((struct shared *)l)->element, sizeof(struct element));
 	write_ranges(m, &known);
-	n = known.len ? elements_sort((struct element *)known.at, known.len / sizeof(struct element)) : 0;
-	map_sweep(m, IN_SVC, (struct element *)known.at, n);
-	map_sweep(m, IN_NET, (struct element *)known.at, n);
-	map_sweep(m, IN_SET, (struct element *)known.at, n);
-	map_sweep(m, IN_TEXT, (struct element *)known.at, n);
+	at = (struct element *)known.at;
+	n = elements_sort(at, known.len / sizeof(*at));
+	for (enum map map = TEXT_MAP; map <= SVC_MAP; map++)
+		map_sweep(m, map, at, n);
 	buf_free(&known);
 }
 
@@ -4296,7 +4285,7 @@ static bool maps_sync(struct maps *m, struct model *model)
 	model_settle(model);
 	while ((s = model_next_dirty(model))) {
 		resolve_service(model, s, &r);
-		maps_put(m, &s->programmed, s->ns, s->name, r.entries, r.n);
+		maps_put(m, &s->programmed, r.entries, r.n);
 		changed = true;
 		if (s->gone)
 			model_forget(model, s);
@@ -4318,32 +4307,62 @@ struct link_news {
 	char name[IF_NAMESIZE];
 };
 
-/* A socket that hears of links; -1 with why. */
-static int netlink_open(void)
+/* A socket that hears of links, if `groups` says so; -1 with why. */
+static int netlink_open(unsigned groups)
 {
-	struct sockaddr_nl me = { .nl_family = AF_NETLINK, .nl_groups = RTMGRP_LINK };
+	struct sockaddr_nl me = { .nl_family = AF_NETLINK, .nl_groups = groups };
 	int fd = socket(AF_NETLINK, SOCK_RAW | SOCK_NONBLOCK | SOCK_CLOEXEC, NETLINK_ROUTE);
 
 	if (fd >= 0 && !bind(fd, (struct sockaddr *)&me, sizeof(me)))
 		return fd;
-	fail("cannot ask the kernel for interfaces: netlink: %s", strerror(errno));
-	if (fd >= 0)
-		close(fd);
-	return -1;
+	close(fd);
+	return fail("cannot ask the kernel for interfaces: netlink: %s", strerror(errno));
 }
 
-/* Asks for all links; they come like news. */
-static void netlink_ask(int fd)
+/* Asks for all links, or all filters of an interface; links come like news. */
+static void netlink_ask(int fd, int type, int ifindex, uint32_t parent)
 {
 	struct {
 		struct nlmsghdr h;
-		struct ifinfomsg i;
-	} ask = { .h = { .nlmsg_len = sizeof(ask),
-			 .nlmsg_type = RTM_GETLINK,
-			 .nlmsg_flags = NLM_F_REQUEST | NLM_F_DUMP } };
+		struct tcmsg t; /* a struct ifinfomsg, and four bytes more */
+	} ask = { .t = { .tcm_ifindex = ifindex, .tcm_parent = parent } };
 
-	if (send(fd, &ask, sizeof(ask), 0) < 0)
+	ask.h.nlmsg_len = sizeof(ask) - (type == RTM_GETLINK ? 4 : 0);
+	ask.h.nlmsg_type = type;
+	ask.h.nlmsg_flags = NLM_F_REQUEST | NLM_F_DUMP;
+	if (send(fd, &ask, ask.h.nlmsg_len, 0) < 0)
 		warn("netlink: %s", strerror(errno));
+}
+
+/* Reads what is there and calls `on` for each message; true: the end of a dump
+ * was among it. Lost messages are asked for again. */
+static bool netlink_read(int fd, void (*on)(void *arg, const struct nlmsghdr *), void *arg)
+{
+	_Alignas(struct nlmsghdr) char room[16384];
+	bool done = false;
+	ssize_t n;
+
+	while ((n = recv(fd, room, sizeof(room), 0)) > 0 || (n < 0 && errno == ENOBUFS)) {
+		if (n < 0)
+			netlink_ask(fd, RTM_GETLINK, 0, 0);
+		for (struct nlmsghdr *h = (struct nlmsghdr *)room; n > 0 && NLMSG_OK(h, n);
+		     h = NLMSG_NEXT(h, n)) {
+			done |= h->nlmsg_type == NLMSG_DONE || h->nlmsg_type == NLMSG_ERROR;
+			on(arg, h);
+		}
+	}
+	return done;
+}
+
+/* The same until the end of a dump; false: it did not come. */
+static bool netlink_wait(int fd, void (*on)(void *arg, const struct nlmsghdr *), void *arg)
+{
+	struct pollfd p = { .fd = fd, .events = POLLIN };
+
+	while (poll(&p, 1, 5000) > 0)
+		if (netlink_read(fd, on, arg))
+			return true;
+	return false;
 }
 
 static bool link_read(const struct nlmsghdr *h, struct link_news *news)
@@ -4351,7 +4370,8 @@ static bool link_read(const struct nlmsghdr *h, struct link_news *news)
 	const struct ifinfomsg *i = NLMSG_DATA(h);
 	int left = IFLA_PAYLOAD(h);
 
-	if ((h->nlmsg_type != RTM_NEWLINK && h->nlmsg_type != RTM_DELLINK) || i->ifi_family != AF_UNSPEC)
+	if ((h->nlmsg_type != RTM_NEWLINK && h->nlmsg_type != RTM_DELLINK) ||
+	    i->ifi_family != AF_UNSPEC)
 		return false;
 	*news = (struct link_news){ .ifindex = i->ifi_index,
 				    .gone = h->nlmsg_type == RTM_DELLINK,
@@ -4362,33 +4382,12 @@ static bool link_read(const struct nlmsghdr *h, struct link_news *news)
 	return true;
 }
 
-/* Reads what is there and calls `on` for each link; true: the end of a dump
- * was among it. Lost messages are asked for again. */
-static bool netlink_read(int fd, void (*on)(void *arg, const struct link_news *), void *arg)
-{
-	_Alignas(struct nlmsghdr) char room[16384];
-	struct link_news news;
-	bool done = false;
-	ssize_t n;
-
-	while ((n = recv(fd, room, sizeof(room), 0)) > 0 || (n < 0 && errno == ENOBUFS)) {
-		if (n < 0) {
-			netlink_ask(fd);
-			continue;
-		}
-		for (struct nlmsghdr *h = (struct nlmsghdr *)room; NLMSG_OK(h, n); h = NLMSG_NEXT(h, n)) {
-			done |= h->nlmsg_type == NLMSG_DONE;
-			if (link_read(h, &news))
-				on(arg, &news);
-		}
-	}
-	return done;
-}
 /* === doors (programs on interfaces) =======================================
  * Everything we leave in the kernel hangs on files in the pin directory:
  *   svc_map, ct_map, ...      the maps
- *   from_IFINDEX, to_IFINDEX  the doors of an interface: a tcx link each, or where
- *                             there is no tcx the program, attached by cls_bpf
+ *   to_IFINDEX, from_IFINDEX  the doors of an interface, in the order in which they are
+ *                             made: a tcx link each, or where there is no tcx the
+ *                             program, attached by cls_bpf
  *   clsact_IFINDEX            we made this interface's clsact qdisc (any map, for
  *                             a file to exist)
  * so whoever comes after us, also after kill -9, knows what is ours. */
@@ -4401,12 +4400,11 @@ static bool netlink_read(int fd, void (*on)(void *arg, const struct link_news *)
 #define ARPHRD_NONE  0xfffe
 #endif
 
-static char *pin_path(char path[PATH_MAX], const char *word, int ifindex)
+static const char *pin_path(const char *word, int ifindex)
 {
-	if (ifindex)
-		snprintf(path, PATH_MAX, "%s/%s_%d", opt.pin_dir, word, ifindex);
-	else
-		snprintf(path, PATH_MAX, "%s/%s", opt.pin_dir, word);
+	static char path[PATH_MAX];
+
+	snprintf(path, sizeof(path), ifindex ? "%s/%s_%d" : "%s/%s", opt.pin_dir, word, ifindex);
 	return path;
 }
 
@@ -4417,26 +4415,32 @@ static bool is_bpffs(const char *path)
 	return !statfs(path, &fs) && (unsigned long)fs.f_type == BPF_FS_MAGIC;
 }
 
+static int pin_dir_fd(void)
+{
+	return open(opt.pin_dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+}
+
 /* The pin directory, made if it is not there; a descriptor or -1 with why. */
 static int pin_dir_open(void)
 {
-	char parent[PATH_MAX];
-	char *slash;
+	char parent[PATH_MAX], *slash;
+	int fd;
 
 	snprintf(parent, sizeof(parent), "%s", opt.pin_dir);
 	slash = strrchr(parent, '/');
 	if (slash && slash != parent)
 		*slash = 0;
 	if (!is_bpffs(parent) && !strcmp(parent, BPFFS) && mount(MOUNT_NAME, BPFFS, "bpf", 0, NULL))
-		return fail("no bpffs at %s and it cannot be mounted: %s; mount -t bpf bpf %s, or name another "
-			    "by --pin-dir", BPFFS, strerror(errno), BPFFS);
+		return fail("no bpffs at %s and it cannot be mounted: %s; mount -t bpf bpf %s, or "
+			    "name another by --pin-dir",
+			    BPFFS, strerror(errno), BPFFS);
 	if (!is_bpffs(parent))
-		return fail("%s is not in a bpffs: --pin-dir must name a directory below one, such as %s/tail_lifter",
+		return fail("%s is not in a bpffs: --pin-dir must name a directory below one, such "
+			    "as %s/tail_lifter",
 			    opt.pin_dir, BPFFS);
 	if (mkdir(opt.pin_dir, 0700) && errno != EEXIST)
 		return fail("cannot make %s: %s; run as root", opt.pin_dir, strerror(errno));
-	int fd = open(opt.pin_dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-
+	fd = pin_dir_fd();
 	return fd >= 0 ? fd : fail("cannot open %s: %s", opt.pin_dir, strerror(errno));
 }
 
@@ -4449,55 +4453,82 @@ static bool pin_dir_locked(int fd)
 /* Takes it. Whoever only looks (above) holds it for a moment, so more than once. */
 static bool pin_dir_lock(int fd)
 {
-	for (int tries = 0; tries < 20; tries++) {
+	for (int tries = 0; tries < 20; tries++, usleep(10000))
 		if (!flock(fd, LOCK_EX | LOCK_NB))
 			return true;
-		usleep(10000);
-	}
 	return false;
+}
+
+/* Whose lock it is: a pid as we see it, from the kernel, for what an agent says of
+ * itself means nothing outside its container; 0: none that we can see. */
+static int pin_dir_holder(int fd)
+{
+	FILE *f = fopen("/proc/locks", "re");
+	char line[256];
+	unsigned major_of, minor_of;
+	unsigned long inode;
+	struct stat s;
+	int pid, holder = 0;
+
+	while (f && !holder && !fstat(fd, &s) && fgets(line, sizeof(line), f))
+		if (sscanf(line, "%*s FLOCK %*s WRITE %d %x:%x:%lu", &pid, &major_of, &minor_of,
+			   &inode) == 4 &&
+		    makedev(major_of, minor_of) == s.st_dev && inode == s.st_ino)
+			holder = pid;
+	if (f)
+		fclose(f);
+	return holder;
+}
+
+static const char *agent_where(int pid)
+{
+	static char text[32];
+
+	snprintf(text, sizeof(text), "pid %d", pid);
+	return pid ? text : "in another container or pid namespace";
 }
 
 static int pinned(const char *word, int ifindex)
 {
-	char path[PATH_MAX];
-
-	return bpf_obj_get(pin_path(path, word, ifindex));
+	return bpf_obj_get(pin_path(word, ifindex));
 }
 
 static void unpin(const char *word, int ifindex)
 {
-	char path[PATH_MAX];
-
-	unlink(pin_path(path, word, ifindex));
+	unlink(pin_path(word, ifindex));
 }
 
+/* In place of what had the name, in one step. */
 static int pin(int fd, const char *word, int ifindex)
 {
-	char path[PATH_MAX];
+	char new[PATH_MAX];
 
-	unlink(pin_path(path, word, ifindex));
-	return bpf_obj_pin(fd, path) ? fail("cannot pin %s: %s", path, strerror(errno)) : 0;
+	snprintf(new, sizeof(new), "%s", pin_path("new", 0));
+	unlink(new);
+	if (!bpf_obj_pin(fd, new) && !rename(new, pin_path(word, ifindex)))
+		return 0;
+	return fail("cannot pin %s: %s", pin_path(word, ifindex), strerror(errno));
 }
 
-/* A pinned door is a link (tcx) or a program (cls_bpf). */
+/* A pinned door is a link (tcx) or a program (cls_bpf), whose info begins with
+ * BPF_PROG_TYPE_SCHED_CLS there. */
 static bool is_tcx_link(int fd, struct bpf_link_info *info)
 {
 	uint32_t len = sizeof(*info);
-	char self[64], what[64] = "";
 
-	snprintf(self, sizeof(self), "/proc/self/fd/%d", fd);
-	if (readlink(self, what, sizeof(what) - 1) < 0 || strcmp(what, "anon_inode:bpf-link"))
-		return false;
 	memset(info, 0, sizeof(*info));
-	return !bpf_link_get_info_by_fd(fd, info, &len) && info->type == BPF_LINK_TYPE_TCX;
+	return !bpf_obj_get_info_by_fd(fd, info, &len) && info->type == BPF_LINK_TYPE_TCX;
 }
 
 static struct bpf_tc_hook tc_hook(int ifindex, enum bpf_tc_attach_point point)
 {
-	return (struct bpf_tc_hook){ .sz = sizeof(struct bpf_tc_hook), .ifindex = ifindex, .attach_point = point };
+	return (struct bpf_tc_hook){ .sz = sizeof(struct bpf_tc_hook),
+				     .ifindex = ifindex,
+				     .attach_point = point };
 }
 
-/* By cls_bpf, where there is no tcx. Replaces a filter of ours in one step. */
+/* By cls_bpf, where there is no tcx. Replaces a filter of ours in one step; its file
+ * comes first, so that no crash leaves a filter without one. */
 static int door_attach_tc(int prog, const char *word, int ifindex, bool in)
 {
 	struct bpf_tc_hook hook = tc_hook(ifindex, in ? BPF_TC_INGRESS : BPF_TC_EGRESS);
@@ -4506,32 +4537,27 @@ static int door_attach_tc(int prog, const char *word, int ifindex, bool in)
 	int r = bpf_tc_hook_create(&hook);
 
 	if (r && r != -EEXIST)
-		return fail("cannot make a clsact qdisc: %s; the kernel needs sch_ingress", strerror(-r));
-	if (!r && pin(maps.stat, "clsact", ifindex))
+		return fail("cannot make a clsact qdisc: %s; the kernel needs sch_ingress",
+			    strerror(-r));
+	if ((!r && pin(maps.fd[STAT_MAP], "clsact", ifindex)) || pin(prog, word, ifindex))
 		return -1;
 	r = bpf_tc_attach(&hook, &o);
-	if (r)
-		return fail("cannot attach by cls_bpf: %s; the kernel needs cls_bpf", strerror(-r));
-	return pin(prog, word, ifindex);
+	return r ? fail("cannot attach by cls_bpf: %s; the kernel needs cls_bpf", strerror(-r)) : 0;
 }
 
 /* Puts `prog` behind a door; one of an earlier run is taken over in one step, so
  * no packet goes by unseen. 0, or -1 with why. */
-static int door_attach(int prog, const char *word, int ifindex, bool in)
+static int door_attach(const struct bpf_program *program, const char *word, int ifindex, bool in)
 {
 	struct bpf_link_info info;
-	int old = pinned(word, ifindex), r;
-	bool ours;
+	int old = pinned(word, ifindex), prog = bpf_program__fd(program), link, r = -1;
 
-	if (old >= 0) {
-		ours = is_tcx_link(old, &info) && info.tcx.ifindex == (uint32_t)ifindex &&
-		       !bpf_link_update(old, prog, NULL);
-		close(old);
-		if (ours)
-			return 0;
-	}
-	int link = bpf_link_create(prog, ifindex, in ? BPF_TCX_INGRESS : BPF_TCX_EGRESS, NULL);
-
+	if (old >= 0 && is_tcx_link(old, &info) && info.tcx.ifindex == (uint32_t)ifindex)
+		r = bpf_link_update(old, prog, NULL);
+	close(old);
+	if (!r)
+		return 0;
+	link = bpf_link_create(prog, ifindex, in ? BPF_TCX_INGRESS : BPF_TCX_EGRESS, NULL);
 	if (link < 0)
 		return errno == EINVAL ? door_attach_tc(prog, word, ifindex, in) :
 					 fail("cannot attach by tcx: %s", strerror(errno));
@@ -4540,91 +4566,84 @@ static int door_attach(int prog, const char *word, int ifindex, bool in)
 	return r;
 }
 
-/* How many filters others have at an interface's clsact qdisc; -1: unknown. */
-static int tc_filters(int ifindex, uint32_t parent)
+static void on_filter(void *count, const struct nlmsghdr *h)
 {
-	struct {
-		struct nlmsghdr h;
-		struct tcmsg t;
-	} ask = { .h = { .nlmsg_len = sizeof(ask),
-			 .nlmsg_type = RTM_GETTFILTER,
-			 .nlmsg_flags = NLM_F_REQUEST | NLM_F_DUMP },
-		  .t = { .tcm_ifindex = ifindex, .tcm_parent = parent } };
-	_Alignas(struct nlmsghdr) char room[16384];
-	int fd = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_ROUTE), count = 0;
-	ssize_t n = fd < 0 ? -1 : send(fd, &ask, sizeof(ask), 0);
+	*(int *)count += h->nlmsg_type == RTM_NEWTFILTER || h->nlmsg_type == NLMSG_ERROR;
+}
 
-	while (n > 0 && (n = recv(fd, room, sizeof(room), 0)) > 0)
-		for (struct nlmsghdr *h = (struct nlmsghdr *)room; NLMSG_OK(h, n); h = NLMSG_NEXT(h, n)) {
-			if (h->nlmsg_type == NLMSG_DONE || h->nlmsg_type == NLMSG_ERROR) {
-				close(fd);
-				return h->nlmsg_type == NLMSG_DONE ? count : -1;
-			}
-			count += h->nlmsg_type == RTM_NEWTFILTER;
-		}
-	if (fd >= 0)
-		close(fd);
-	return -1;
+/* Has an interface's clsact qdisc filters, of others? True also if that is not known. */
+static bool has_filters(int ifindex)
+{
+	static const uint32_t sides[] = { TC_H_MIN_INGRESS, TC_H_MIN_EGRESS };
+	int fd = netlink_open(0), count = fd < 0;
+
+	for (int i = 0; i < 2 && !count; i++) {
+		netlink_ask(fd, RTM_GETTFILTER, ifindex, TC_H_MAKE(TC_H_CLSACT, sides[i]));
+		if (!netlink_wait(fd, on_filter, &count))
+			count = 1;
+	}
+	close(fd);
+	return count;
 }
 
 /* Takes our filters away, and the qdisc if we made it and nobody uses it now. */
 static void doors_detach_tc(int ifindex)
 {
-	struct bpf_tc_hook hook = tc_hook(ifindex, BPF_TC_INGRESS);
-	int made = pinned("clsact", ifindex);
+	static const enum bpf_tc_attach_point points[] = { BPF_TC_INGRESS, BPF_TC_EGRESS };
+	struct bpf_tc_hook hook = tc_hook(ifindex, BPF_TC_INGRESS | BPF_TC_EGRESS);
 
-	for (int in = 0; in < 2; in++) {
+	for (int i = 0; i < 2; i++) {
+		struct bpf_tc_hook side = tc_hook(ifindex, points[i]);
 		DECLARE_LIBBPF_OPTS(bpf_tc_opts, o, .handle = TC_HANDLE, .priority = TC_PRIORITY);
 
-		hook.attach_point = in ? BPF_TC_INGRESS : BPF_TC_EGRESS;
-		bpf_tc_detach(&hook, &o);
+		bpf_tc_detach(&side, &o);
 	}
-	if (made < 0)
-		return;
-	close(made);
-	if (tc_filters(ifindex, TC_H_MAKE(TC_H_CLSACT, TC_H_MIN_INGRESS)) ||
-	    tc_filters(ifindex, TC_H_MAKE(TC_H_CLSACT, TC_H_MIN_EGRESS)))
-		return;
-	hook.attach_point = BPF_TC_INGRESS | BPF_TC_EGRESS;
-	bpf_tc_hook_destroy(&hook);
+	if (!access(pin_path("clsact", ifindex), F_OK) && !has_filters(ifindex))
+		bpf_tc_hook_destroy(&hook);
 }
 
 /* Leaves an interface as it was before us; also one that is no longer there. */
 static void doors_detach(int ifindex)
 {
 	struct bpf_link_info info;
-	int fd = pinned("from", ifindex);
-	bool tcx = fd >= 0 && is_tcx_link(fd, &info);
+	int fd = pinned("to", ifindex);
 
-	if (fd >= 0)
-		close(fd);
-	if (fd >= 0 && !tcx && if_indextoname(ifindex, (char[IF_NAMESIZE]){ 0 }))
+	if (fd >= 0 && !is_tcx_link(fd, &info) && if_indextoname(ifindex, (char[IF_NAMESIZE]){ 0 }))
 		doors_detach_tc(ifindex);
+	close(fd);
+	unpin("clsact", ifindex);
 	unpin("from", ifindex); /* a link goes with its last holder */
 	unpin("to", ifindex);
-	unpin("clsact", ifindex);
 }
 
-/* The interfaces whose doors are pinned: up to `most` of them, in order. */
-static int doors_list(int *ifindex, int most)
+/* The name of the next file in a directory, NULL: that was all, and it is closed. */
+static const char *dir_next(DIR *dir)
 {
-	DIR *dir = opendir(opt.pin_dir);
 	struct dirent *d;
-	int n = 0;
 
-	while (dir && n < most && (d = readdir(dir)))
-		if (sscanf(d->d_name, "from_%d", &ifindex[n]) == 1)
-			n++;
+	while (dir && (d = readdir(dir)))
+		if (d->d_name[0] != '.')
+			return d->d_name;
 	if (dir)
 		closedir(dir);
-	for (int i = 1; i < n; i++) /* a handful */
-		for (int k = i; k > 0 && ifindex[k] < ifindex[k - 1]; k--) {
-			int swap = ifindex[k];
+	return NULL;
+}
 
-			ifindex[k] = ifindex[k - 1];
-			ifindex[k - 1] = swap;
-		}
-	return n;
+/* The interfaces whose doors are pinned, in order; to be freed. */
+static uint64_t *doors_list(size_t *n)
+{
+	DIR *dir = opendir(opt.pin_dir);
+	struct buf list = { 0 };
+	const char *name;
+	uint64_t ifindex;
+
+	while ((name = dir_next(dir)))
+		if (sscanf(name, "to_%" SCNu64, &ifindex) == 1)
+			buf_add(&list, &ifindex, sizeof(ifindex));
+	*n = list.len / sizeof(ifindex);
+	if (*n)
+		qsort(list.at, *n, sizeof(ifindex), number_order);
+	return (uint64_t *)list.at;
 }
 
 /* --- the object: programs and maps ------------------------------------------ */
@@ -4643,14 +4662,12 @@ static int on_libbpf(enum libbpf_print_level level, const char *fmt, va_list ap)
 }
 
 /* Is the pinned map what this program was built for? */
-static bool map_fits(int fd, const struct bpf_map *map)
+static bool map_fits(const struct bpf_map_info *i, const struct bpf_map *map)
 {
-	struct bpf_map_info info = { 0 };
-	uint32_t len = sizeof(info);
-
-	return !bpf_map_get_info_by_fd(fd, &info, &len) && info.type == bpf_map__type(map) &&
-	       info.key_size == bpf_map__key_size(map) && info.value_size == bpf_map__value_size(map) &&
-	       info.max_entries == bpf_map__max_entries(map) && info.map_flags == bpf_map__map_flags(map);
+	return i->type == bpf_map__type(map) && i->key_size == bpf_map__key_size(map) &&
+		i->value_size == bpf_map__value_size(map) &&
+		i->map_flags == bpf_map__map_flags(map) &&
+		i->max_entries == bpf_map__max_entries(map);
 }
 
 static bool map_is_pinned(const struct bpf_map *map)
@@ -4658,84 +4675,56 @@ static bool map_is_pinned(const struct bpf_map *map)
 	return !bpf_map__is_internal(map) && strcmp(bpf_map__name(map), "packet_map");
 }
 
-struct flow_copy {
-	int to;
-	uint32_t n;
-};
-
-static void flow_copy(void *arg, const struct tl_tuple *t, const struct tl_flow *f)
+static void flow_copy(void *to, const struct tl_tuple *t, const struct tl_flow *f)
 {
-	struct flow_copy *copy = arg;
-
-	copy->n += !bpf_map_update_elem(copy->to, t, f, BPF_NOEXIST);
+	bpf_map_update_elem(*(int *)to, t, f, BPF_NOEXIST);
 }
 
 /* Puts the maps of an earlier run into the object, where they still fit. One
  * that does not is replaced: what the agent writes it writes again, and flows
- * are carried over if only --flows changed. */
+ * are carried over if only --flows changed: out of *old_flows, else that is -1. */
 static int maps_reuse(int *old_flows)
 {
-	struct bpf_map_info info = { 0 };
-	uint32_t len = sizeof(info);
 	struct bpf_map *map;
 
 	*old_flows = -1;
-	bpf_object__for_each_map(map, bpf->obj) {
+	bpf_object__for_each_map (map, bpf->obj) {
+		struct bpf_map_info info = { 0 };
+		uint32_t len = sizeof(info);
 		int fd = map_is_pinned(map) ? pinned(bpf_map__name(map), 0) : -1;
 
-		if (fd < 0)
+		if (fd < 0 || bpf_map_get_info_by_fd(fd, &info, &len))
 			continue;
-		if (map_fits(fd, map)) {
-			if (bpf_map__reuse_fd(map, fd))
-				return fail("cannot adopt %s: %s", bpf_map__name(map), strerror(errno));
-		} else if (map == bpf->maps.ct_map && !bpf_map_get_info_by_fd(fd, &info, &len) &&
-			   info.key_size == sizeof(struct tl_tuple) &&
-			   info.value_size == sizeof(struct tl_flow)) {
+		if (map_fits(&info, map) && bpf_map__reuse_fd(map, fd))
+			return fail("cannot adopt %s: %s", bpf_map__name(map), strerror(errno));
+		if (!map_fits(&info, map) && map == bpf->maps.ct_map &&
+		    info.key_size == sizeof(struct tl_tuple) &&
+		    info.value_size == sizeof(struct tl_flow))
 			*old_flows = fd;
-			continue;
-		}
-		close(fd);
+		else
+			close(fd);
 	}
 	return 0;
 }
 
-/* Files of the maps that are new. From the old ones flows move over first. */
-static int maps_pin(int old_flows)
+/* Files of the maps. From an old one flows move over first. */
+static int maps_pin(struct maps *m, int old_flows)
 {
-	struct flow_copy copy = { .to = bpf_map__fd(bpf->maps.ct_map) };
 	struct bpf_map *map;
 
-	if (old_flows >= 0 && flows_walk(old_flows, flow_copy, &copy))
-		note("ct_map has a new size: %u of its entries were carried over", copy.n);
-	bpf_object__for_each_map(map, bpf->obj) {
-		int fd = map_is_pinned(map) ? pinned(bpf_map__name(map), 0) : -1;
-		bool fits = fd >= 0 && map_fits(fd, map);
-
-		if (fd >= 0)
-			close(fd);
-		if (map_is_pinned(map) && !fits && pin(bpf_map__fd(map), bpf_map__name(map), 0))
+	if (old_flows >= 0 && flows_walk(old_flows, flow_copy, &m->fd[CT_MAP]))
+		note("ct_map has a new size: its flows were carried over");
+	close(old_flows);
+	bpf_object__for_each_map (map, bpf->obj)
+		if (map_is_pinned(map) && pin(bpf_map__fd(map), bpf_map__name(map), 0))
 			return -1;
-	}
 	return 0;
 }
 
-static void maps_open(struct maps *m)
-{
-	m->svc = bpf_map__fd(bpf->maps.svc_map);
-	m->set = bpf_map__fd(bpf->maps.set_map);
-	m->text = bpf_map__fd(bpf->maps.text_map);
-	m->net = bpf_map__fd(bpf->maps.net_map);
-	m->ct = bpf_map__fd(bpf->maps.ct_map);
-	m->stat = bpf_map__fd(bpf->maps.stat_map);
-	m->agent = bpf_map__fd(bpf->maps.agent_map);
-}
-
-/* Loads the programs, with the maps of an earlier run where there are any.
- * 0, or -1 with why. */
-static int datapath_load(struct maps *m)
+/* The object as it comes out of this file. 0, or -1 with why. */
+static int datapath_open(void)
 {
 	struct timespec tick;
-	int old_flows, r;
 
 	bpf = tail_lifter__open();
 	if (!bpf)
@@ -4743,26 +4732,41 @@ static int datapath_load(struct maps *m)
 	clock_getres(CLOCK_MONOTONIC_COARSE, &tick); /* one jiffy */
 	bpf->rodata->tl_hz = (1000000000 + tick.tv_nsec / 2) / tick.tv_nsec;
 	bpf_map__set_max_entries(bpf->maps.ct_map, opt.flows);
-	if (maps_reuse(&old_flows))
-		return -1;
-	r = tail_lifter__load(bpf);
-	if (r == -EPERM || r == -EACCES) {
-		if (geteuid() || loud < 2)
-			return fail("the kernel does not let us load BPF programs (%s): run as root, or with "
-				    "CAP_BPF and CAP_NET_ADMIN; -v prints what it says", strerror(-r));
-	}
-	if (r) {
-		if (loud > 1)
-			fwrite(bpf_log.at, 1, bpf_log.len, stderr);
-		return fail("this kernel does not take our BPF programs: %s; it must be 5.10 or newer with "
-			    "CONFIG_BPF_SYSCALL; -v prints its reasons", strerror(-r));
-	}
+	return 0;
+}
+
+/* Into the kernel with it. 0, or -1 with why. */
+static int datapath_verify(void)
+{
+	int r = tail_lifter__load(bpf);
+
+	if (r && loud > 1)
+		fwrite(bpf_log.at, 1, bpf_log.len, stderr);
 	buf_free(&bpf_log);
-	r = maps_pin(old_flows);
-	if (old_flows >= 0)
-		close(old_flows);
-	maps_open(m);
-	return r;
+	if (r == -EPERM || (r == -EACCES && geteuid())) /* root: the verifier */
+		return fail(
+			"the kernel does not let us load BPF programs (%s): run as root, or with "
+			"CAP_BPF and CAP_NET_ADMIN; -v prints what it says",
+			strerror(-r));
+	if (r)
+		return fail(
+			"this kernel does not take our BPF programs: %s; it must be 5.10 or newer "
+			"with CONFIG_BPF_SYSCALL; -v prints its reasons",
+			strerror(-r));
+	return 0;
+}
+
+/* Loads the programs, with the maps of an earlier run where there are any.
+ * 0, or -1 with why. */
+static int datapath_load(struct maps *m)
+{
+	int old_flows;
+
+	if (datapath_open() || maps_reuse(&old_flows) || datapath_verify())
+		return -1;
+	for (int i = 0; i < N_MAPS; i++)
+		m->fd[i] = bpf_object__find_map_fd_by_name(bpf->obj, map_names[i]);
+	return maps_pin(m, old_flows);
 }
 
 /* By its ARPHRD_ type. */
@@ -4774,21 +4778,23 @@ static bool is_ethernet(unsigned short type)
 /* Both doors of an interface; 0, or -1 with why. */
 static int doors_attach(const struct link_news *l)
 {
-	bool l2 = is_ethernet(l->type);
-	bool l3 = l->type == ARPHRD_NONE || l->type == ARPHRD_RAWIP || l->type == ARPHRD_PPP ||
-		  l->type == ARPHRD_TUNNEL || l->type == ARPHRD_TUNNEL6 || l->type == ARPHRD_IPGRE;
+	static const unsigned short bare[] = { ARPHRD_NONE,   ARPHRD_RAWIP,   ARPHRD_PPP,
+					       ARPHRD_TUNNEL, ARPHRD_TUNNEL6, ARPHRD_IPGRE };
+	bool l2 = is_ethernet(l->type), known = l2;
 	struct bpf_program *from = l2 ? bpf->progs.from_tailnet_l2 : bpf->progs.from_tailnet;
 	struct bpf_program *to = l2 ? bpf->progs.to_tailnet_l2 : bpf->progs.to_tailnet;
 
-	if (!l2 && !l3)
-		return fail("interface %s is of a kind we cannot read (ARPHRD type %d): it must carry Ethernet or "
-			    "bare IP", l->name, l->type);
-	if (door_attach(bpf_program__fd(to), "to", l->ifindex, false) ||
-	    door_attach(bpf_program__fd(from), "from", l->ifindex, true)) {
-		doors_detach(l->ifindex);
-		return fail("interface %s: %s", l->name, why);
-	}
-	return 0;
+	for (size_t i = 0; i < ARRAY_SIZE(bare); i++)
+		known |= l->type == bare[i];
+	if (!known)
+		return fail("interface %s is of a kind we cannot read (ARPHRD type %d): it must "
+			    "carry Ethernet or bare IP",
+			    l->name, l->type);
+	if (!door_attach(to, "to", l->ifindex, false) &&
+	    !door_attach(from, "from", l->ifindex, true))
+		return 0;
+	doors_detach(l->ifindex);
+	return fail("interface %s: %s", l->name, why);
 }
 /* === kubeconfig ===========================================================
  * Where the API server is and who we are: a pod's service account, or a
@@ -6030,8 +6036,8 @@ enum wake_tag { WAKE_SIGNAL, WAKE_NETLINK, WAKE_API };
 
 struct iface {
 	char name[IF_NAMESIZE];
-	int ifindex; /* 0: not there, or not ours yet */
-	char said[sizeof(why)]; /* the last failure to attach */
+	int ifindex;   /* 0: not there, or not ours yet */
+	uint64_t said; /* a hash of the last failure to attach */
 };
 
 static struct agent {
@@ -6040,6 +6046,7 @@ static struct agent {
 	struct iface iface[MAX_IFACES];
 	int n_iface;
 	int epoll_fd, signal_fd, netlink_fd;
+	int pin_fd;   /* its lock is ours as long as it is open */
 	bool attach;  /* the maps hold a state worth attaching to */
 	bool stop;    /* SIGTERM, SIGINT */
 	bool refused; /* the first state must not be programmed: why */
@@ -6048,40 +6055,39 @@ static struct agent {
 
 static void status_write(struct agent *a)
 {
+	const char *zone = a->model.places.zone;
 	uint32_t zero = 0;
 
 	snprintf(a->status.node, sizeof(a->status.node), "%s", opt.node);
-	snprintf(a->status.zone, sizeof(a->status.zone), "%s",
-		 a->model.places.zone ? a->model.places.zone : "");
-	bpf_map_update_elem(maps.agent, &zero, &a->status, BPF_ANY);
+	snprintf(a->status.zone, sizeof(a->status.zone), "%s", zone ? zone : "");
+	bpf_map_update_elem(maps.fd[AGENT_MAP], &zero, &a->status, BPF_ANY);
 }
 
 /* --- interfaces ------------------------------------------------------------- */
-static struct iface *iface_named(struct agent *a, const char *name)
+/* Ours by name, or by index if that is NULL. */
+static struct iface *iface_find(struct agent *a, const char *name, int ifindex)
 {
-	for (int i = 0; i < a->n_iface; i++)
-		if (!strcmp(a->iface[i].name, name))
-			return &a->iface[i];
-	return NULL;
-}
-
-static struct iface *iface_at(struct agent *a, int ifindex)
-{
-	for (int i = 0; i < a->n_iface; i++)
-		if (a->iface[i].ifindex == ifindex)
-			return &a->iface[i];
+	for (struct iface *i = a->iface; i < a->iface + a->n_iface; i++)
+		if (name ? !strcmp(i->name, name) : i->ifindex == ifindex)
+			return i;
 	return NULL;
 }
 
 /* News of any interface: ours come, go, and change their names. */
-static void on_link(void *arg, const struct link_news *l)
+static void on_link(void *arg, const struct nlmsghdr *h)
 {
 	struct agent *a = arg;
-	struct iface *had = iface_at(a, l->ifindex), *is = l->gone ? NULL : iface_named(a, l->name);
+	struct iface *had, *is;
+	struct link_news l;
+	uint64_t said;
 
+	if (!link_read(h, &l))
+		return;
+	had = iface_find(a, NULL, l.ifindex);
+	is = l.gone ? NULL : iface_find(a, l.name, 0);
 	if (had && had != is) {
 		note("%s is gone; waiting for it to come back", had->name);
-		doors_detach(l->ifindex);
+		doors_detach(l.ifindex);
 		had->ifindex = 0;
 	}
 	if (!is || is == had || !a->attach)
@@ -6089,33 +6095,33 @@ static void on_link(void *arg, const struct link_news *l)
 	if (is->ifindex) /* replaced by another of the same name */
 		doors_detach(is->ifindex);
 	is->ifindex = 0;
-	if (doors_attach(l)) {
-		if (strcmp(is->said, why))
-			warn("%s", why);
-		memcpy(is->said, why, sizeof(why));
+	said = is->said;
+	is->said = doors_attach(&l) ? hash64(0, why, strlen(why)) : 0;
+	if (is->said && is->said != said)
+		warn("%s", why);
+	if (is->said)
 		return;
-	}
-	is->ifindex = l->ifindex;
-	is->said[0] = 0;
+	is->ifindex = l.ifindex;
 	note("attached to %s", is->name);
 }
 
 /* Doors of an earlier run on interfaces that are gone or no longer asked for. */
 static void ifaces_tidy(struct agent *a)
 {
-	int left[64], n = doors_list(left, ARRAY_SIZE(left));
+	size_t n;
+	uint64_t *left = doors_list(&n);
 
-	for (int i = 0; i < n; i++)
-		if (!iface_at(a, left[i]))
+	for (size_t i = 0; i < n; i++)
+		if (!iface_find(a, NULL, left[i]))
 			doors_detach(left[i]);
+	free(left);
 }
 
 static void ifaces_attach(struct agent *a)
 {
-	if (a->attach)
-		return;
+	if (!a->attach)
+		netlink_ask(a->netlink_fd, RTM_GETLINK, 0, 0);
 	a->attach = true;
-	netlink_ask(a->netlink_fd);
 }
 
 /* --- sync -------------------------------------------------------------------- */
@@ -6130,15 +6136,12 @@ static bool all_synced(const struct model *m)
 /* After each round of events. The first time: may it be programmed at all? */
 static void sync_now(struct agent *a)
 {
+	bool first = !maps.adopted;
+
 	if (a->refused || !all_synced(&a->model))
 		return;
-	if (!maps.adopted && model_check(&a->model)) {
-		a->refused = true;
-		return;
-	}
-	bool first = !maps.adopted, changed = maps_sync(&maps, &a->model);
-
-	if (!changed && !first)
+	a->refused = first && model_check(&a->model);
+	if (a->refused || (!maps_sync(&maps, &a->model) && !first))
 		return;
 	a->status.synced = true;
 	a->status.changed = time(NULL);
@@ -6152,11 +6155,9 @@ static void sync_now(struct agent *a)
 /* SIGHUP: --from is read anew; a bad file changes nothing. */
 static void from_again(struct agent *a)
 {
-	if (!opt.from)
-		return;
-	if (!strcmp(opt.from, "-"))
+	if (opt.from && !strcmp(opt.from, "-"))
 		warn("stdin cannot be read again: SIGHUP does nothing");
-	else if (from_read(&a->model, opt.from))
+	else if (opt.from && from_read(&a->model, opt.from))
 		warn("%s; the last good state stays", why);
 }
 
@@ -6175,7 +6176,8 @@ static int loop_watch(struct agent *a, int fd, uint32_t tag)
 {
 	struct epoll_event e = { .events = EPOLLIN, .data.u32 = tag };
 
-	return epoll_ctl(a->epoll_fd, EPOLL_CTL_ADD, fd, &e) ? fail("epoll: %s", strerror(errno)) : 0;
+	return epoll_ctl(a->epoll_fd, EPOLL_CTL_ADD, fd, &e) ? fail("epoll: %s", strerror(errno)) :
+							       0;
 }
 
 /* The epoll, and signals in it. 0, or -1 with why. */
@@ -6191,95 +6193,76 @@ static int loop_open(struct agent *a)
 	signal(SIGPIPE, SIG_IGN);
 	a->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
 	a->signal_fd = signalfd(-1, &set, SFD_NONBLOCK | SFD_CLOEXEC);
-	if (a->epoll_fd < 0 || a->signal_fd < 0)
-		return fail("epoll: %s", strerror(errno));
 	return loop_watch(a, a->signal_fd, WAKE_SIGNAL);
 }
 
 /* Waits for something and lets it happen. */
 static void loop_round(struct agent *a)
 {
-	int64_t now = now_ms(), first = api_deadline(&a->api);
+	int64_t first = api_deadline(&a->api), wait = maps_deadline(&maps);
 	struct epoll_event e[8];
 	int n;
 
-	first = maps.reap_at < first ? maps.reap_at : first;
-	first = first - now < INT_MAX ? first - now : INT_MAX;
-	n = epoll_wait(a->epoll_fd, e, ARRAY_SIZE(e), first == INT_MAX ? -1 : first > 0 ? first : 0);
+	wait = (wait < first ? wait : first) - now_ms();
+	n = epoll_wait(a->epoll_fd, e, ARRAY_SIZE(e), wait >= INT_MAX ? -1 : wait > 0 ? wait : 0);
 	for (int i = 0; i < n; i++)
-		if (e[i].data.u32 == WAKE_SIGNAL)
+		if (e[i].data.u32 == WAKE_SIGNAL) {
 			on_signal(a);
-		else if (e[i].data.u32 == WAKE_NETLINK) {
+		} else if (e[i].data.u32 == WAKE_NETLINK) {
 			if (netlink_read(a->netlink_fd, on_link, a) && a->attach)
 				ifaces_tidy(a);
-		} else
+		} else {
 			api_ready(&a->api, &a->model, e[i].data.u32 - WAKE_API, e[i].events);
-	now = now_ms();
-	api_tick(&a->api, now);
-	if (now >= maps.reap_at)
-		maps_reap(&maps);
+		}
+	api_tick(&a->api, now_ms());
+	maps_tick(&maps, &a->model, now_ms());
 }
 
 /* Where the objects come from: a file is read at once, a server is asked from
  * now on. `once`: the first failure ends it. 0, or -1 with why. */
 static int source_open(struct agent *a, bool once)
 {
-	if (model_init(&a->model, &opt))
+	if (!opt.from && api_open(&a->api))
 		return -1;
+	snprintf(a->status.source, sizeof(a->status.source), "%s",
+		 opt.from ? opt.from : api_source(&a->api));
 	if (opt.from) {
-		snprintf(a->status.source, sizeof(a->status.source), "%s", opt.from);
 		for (int k = 0; k < N_KINDS; k++)
 			a->api.watch[k].deadline = INT64_MAX;
 		return from_read(&a->model, opt.from);
 	}
 	a->api.once = once;
-	if (api_open(&a->api))
-		return -1;
-	snprintf(a->status.source, sizeof(a->status.source), "%s", api_source(&a->api));
 	api_start(&a->api, a->epoll_fd, WAKE_API);
 	return 0;
 }
+
 /* === commands =============================================================
- * Each returns the exit code; a failure has been said. */
-static int failed(void)
+ * Each returns 0, or -1 with why, or 1 if it has said itself what is wrong. */
+static int print_out(const struct buf *out)
 {
-	warn("%s", why);
-	return 1;
+	fwrite(out->at, 1, out->len, stdout);
+	return fflush(stdout) ? fail("cannot write: %s", strerror(errno)) : 0;
 }
 
-/* Whose lock on the pin directory it is, as far as the notes there tell. */
-static int other_agent(void)
-{
-	struct tl_agent other = { 0 };
-	uint32_t zero = 0;
-	int fd = pinned("agent_map", 0);
-
-	if (fd >= 0) {
-		bpf_map_lookup_elem(fd, &zero, &other);
-		close(fd);
-	}
-	return other.pid;
-}
-
-/* Everything up to the first event. 0; or -1 with why, and a directory with
- * nothing in it does not stay. */
-static int agent_open_all(struct agent *a, int *pin_fd, bool once)
+/* Everything up to the first event. 0, or -1 with why. */
+static int agent_open(struct agent *a, bool once)
 {
 	struct tl_svc_key any;
 
-	*pin_fd = pin_dir_open();
-	if (*pin_fd < 0)
+	a->pin_fd = pin_dir_open();
+	if (a->pin_fd < 0)
 		return -1;
-	if (!pin_dir_lock(*pin_fd))
-		return fail("another tail_lifter (pid %d) is at work with %s; stop it first, or use another "
-			    "--pin-dir", other_agent(), opt.pin_dir);
+	if (!pin_dir_lock(a->pin_fd))
+		return fail("another tail_lifter (%s) is at work with %s; stop it first, or use "
+			    "another --pin-dir",
+			    agent_where(pin_dir_holder(a->pin_fd)), opt.pin_dir);
 	if (loop_open(a) || datapath_load(&maps))
 		return -1;
-	a->netlink_fd = netlink_open();
+	a->netlink_fd = netlink_open(RTMGRP_LINK);
 	if (a->netlink_fd < 0 || loop_watch(a, a->netlink_fd, WAKE_NETLINK))
 		return -1;
 	a->status.pid = getpid();
-	if (!bpf_map_get_next_key(maps.svc, NULL, &any)) /* the last good state of an earlier run */
+	if (!bpf_map_get_next_key(maps.fd[SVC_MAP], NULL, &any)) /* of an earlier run */
 		ifaces_attach(a);
 	if (source_open(a, once))
 		return -1;
@@ -6287,64 +6270,49 @@ static int agent_open_all(struct agent *a, int *pin_fd, bool once)
 	return 0;
 }
 
-static int agent_open(struct agent *a, int *pin_fd, bool once)
+/* --once: the interfaces there are have doors, or it is said why not. */
+static int ifaces_attached(struct agent *a)
 {
-	int r = agent_open_all(a, pin_fd, once);
+	int missing = 0;
 
-	if (r && *pin_fd >= 0)
-		rmdir(opt.pin_dir);
-	return r;
+	netlink_wait(a->netlink_fd, on_link, a); /* the dump that the sync asked for */
+	for (struct iface *i = a->iface; i < a->iface + a->n_iface; i++) {
+		missing += !i->ifindex;
+		if (!i->ifindex && !i->said)
+			warn("there is no interface %s: is tailscaled running? "
+			     "--iface names another",
+			     i->name);
+	}
+	ifaces_tidy(a);
+	return missing ? 1 : 0;
 }
 
-/* attach, sync, stay; the datapath stays when we go. */
-static int cmd_run(void)
+/* Attach, sync, and stay, unless `once`; the datapath stays when we go. */
+static int agent_run(struct agent *a, bool once)
 {
-	int pin_fd;
-
-	if (agent_open(&agent, &pin_fd, false))
-		return failed();
-	for (sync_now(&agent); !agent.stop && !agent.refused; sync_now(&agent))
-		loop_round(&agent);
-	api_stop(&agent.api);
-	return agent.refused ? failed() : 0;
-}
-
-static bool all_attached(const struct agent *a)
-{
-	for (int i = 0; i < a->n_iface; i++)
-		if (!a->iface[i].ifindex)
-			return false;
-	return true;
-}
-
-/* --once: attach and sync, or say why not. */
-static int cmd_once(void)
-{
-	struct agent *a = &agent;
-	int pin_fd;
-	bool told = false; /* of all interfaces there are */
-
-	if (agent_open(a, &pin_fd, true))
-		return failed();
-	for (sync_now(a); !a->stop && !a->refused && !a->api.failed && !maps.adopted; sync_now(a))
+	if (agent_open(a, once))
+		return rmdir(opt.pin_dir), -1; /* only if there is nothing in it */
+	for (sync_now(a); !a->stop && !a->refused && !a->api.failed && !(once && maps.adopted);
+	     sync_now(a))
 		loop_round(a);
 	if (a->api.failed)
 		fail("%s", a->api.failed);
-	if (a->stop)
+	else if (once && a->stop)
 		fail("stopped before the first sync was complete");
-	if (a->refused || a->api.failed || a->stop)
-		return failed();
-	fcntl(a->netlink_fd, F_SETFL, 0); /* the dump asked for by the sync: wait for its end */
-	for (struct pollfd p = { .fd = a->netlink_fd, .events = POLLIN }; !told && poll(&p, 1, 5000) > 0;) {
-		fcntl(a->netlink_fd, F_SETFL, O_NONBLOCK);
-		told = netlink_read(a->netlink_fd, on_link, a);
-	}
-	for (int i = 0; i < a->n_iface; i++)
-		if (!a->iface[i].ifindex && !a->iface[i].said[0])
-			warn("there is no interface %s: is tailscaled running? --iface names another",
-			     a->iface[i].name);
-	ifaces_tidy(a);
-	return all_attached(a) ? 0 : 1;
+	if (a->refused || (once && !maps.adopted))
+		return -1;
+	api_stop(&a->api);
+	return once ? ifaces_attached(a) : 0;
+}
+
+static int cmd_run(void)
+{
+	return agent_run(&agent, false);
+}
+
+static int cmd_once(void)
+{
+	return agent_run(&agent, true);
 }
 
 /* --dry-run: what would be programmed. */
@@ -6354,130 +6322,91 @@ static int cmd_dry_run(void)
 	struct buf out = { 0 };
 
 	if (loop_open(a) || source_open(a, true))
-		return failed();
+		return -1;
 	while (!all_synced(&a->model) && !a->api.failed && !a->stop)
 		loop_round(a);
 	if (!all_synced(&a->model))
 		fail("%s", a->api.failed ? a->api.failed : "stopped");
 	if (!all_synced(&a->model) || model_check(&a->model))
-		return failed();
+		return -1;
 	model_settle(&a->model);
 	print_dry_run(&out, &a->model, opt.json);
-	fwrite(out.at, 1, out.len, stdout);
-	return fflush(stdout) ? (fail("cannot write: %s", strerror(errno)), failed()) : 0;
+	return print_out(&out);
 }
 
 /* --- status: everything out of the pinned maps -------------------------------- */
-/* Descriptors of the pinned maps; -1 with why: there are none. */
-static int maps_find(struct maps *m)
-{
-	struct {
-		int *fd;
-		const char *name;
-	} all[] = { { &m->svc, "svc_map" }, { &m->set, "set_map" },	{ &m->text, "text_map" },
-		    { &m->net, "net_map" }, { &m->ct, "ct_map" },	{ &m->stat, "stat_map" },
-		    { &m->agent, "agent_map" } };
-
-	for (size_t i = 0; i < ARRAY_SIZE(all); i++) {
-		*all[i].fd = pinned(all[i].name, 0);
-		if (*all[i].fd < 0 && errno == ENOENT)
-			return fail("nothing of TailLifter is in %s: it was never started here, or was cleaned up",
-				    opt.pin_dir);
-		if (*all[i].fd < 0)
-			return fail("cannot read %s/%s: %s; run as root", opt.pin_dir, all[i].name, strerror(errno));
-	}
-	return 0;
-}
-
-/* A text out of its pieces; to be freed. */
-static char *text_find(const struct maps *m, uint64_t text)
+/* A text out of its pieces. */
+static struct buf text_find(const struct maps *m, uint64_t text)
 {
 	struct tl_text_key key = { .text = text };
-	struct tl_text piece;
+	struct tl_text piece = { { 0 } };
 	struct buf out = { 0 };
 
-	buf_add(&out, "", 0);
-	while (text && !bpf_map_lookup_elem(m->text, &key, &piece)) {
-		buf_add(&out, piece.at, strnlen(piece.at, sizeof(piece.at)));
-		if (!piece.at[TL_TEXT - 1])
-			break;
-		key.piece++;
-	}
-	return out.at;
+	do
+		buf_add(&out, piece.at, strnlen(piece.at, TL_TEXT));
+	while (!bpf_map_lookup_elem(m->fd[TEXT_MAP], &key, &piece) && (key.piece++, piece.at[0]));
+	return out;
 }
 
-/* One frontend, and what it belongs to. */
+/* A frontend. `text` is its entry's: NAMESPACE, NAME, PORT, PROTOCOL, family, scope, with
+ * NULs between them, so that bytes sort as CONTRACT sorts entries. */
 struct found {
+	struct buf text;
 	struct tl_svc_key key;
 	struct tl_svc svc;
-	char *text; /* NAMESPACE/NAME/PORT/PROTOCOL, cut into `entry`'s strings */
-	struct entry entry;
 };
 
-/* As CONTRACT sorts entries; frontends of one entry by address and port. */
 static int found_order(const void *x, const void *y)
 {
 	const struct found *a = x, *b = y;
-	int c = strcmp(a->entry.ns, b->entry.ns);
+	int c = memcmp(a->text.at, b->text.at,
+		       a->text.len < b->text.len ? a->text.len : b->text.len);
 
-	c = c ? c : strcmp(a->entry.name, b->entry.name);
-	c = c ? c : strcmp(a->entry.port, b->entry.port);
-	c = c ? c : strcmp(proto_name(a->entry.proto), proto_name(b->entry.proto));
-	c = c ? c : b->entry.v4 - a->entry.v4;
-	c = c ? c : (int)a->entry.scope - (int)b->entry.scope;
-	c = c ? c : memcmp(&a->key.addr, &b->key.addr, sizeof(a->key.addr));
-	return c ? c : ntohs(a->key.port) - ntohs(b->key.port);
+	return c ? c : memcmp(&a->key, &b->key, sizeof(a->key));
 }
 
-static bool same_entry(const struct found *a, const struct found *b)
+/* False: it is none, or not of the service `only`, which may be NULL. */
+static bool found_read(const struct maps *m, const struct tl_svc_key *key, const char *only,
+		       struct found *f)
 {
-	return a->svc.name == b->svc.name && a->entry.v4 == b->entry.v4 && a->entry.scope == b->entry.scope;
-}
-
-static bool found_read(const struct maps *m, const struct tl_svc_key *key, struct found *f)
-{
-	char *name, *port, *proto;
+	size_t n = only ? strlen(only) : 0;
+	bool v4 = addr_is_v4((const struct in6_addr *)&key->addr);
+	int slashes = 0;
+	char *last;
 
 	*f = (struct found){ .key = *key };
-	if (!key->port || bpf_map_lookup_elem(m->svc, key, &f->svc))
+	if (!key->port || bpf_map_lookup_elem(m->fd[SVC_MAP], key, &f->svc))
 		return false;
 	f->text = text_find(m, f->svc.name);
-	name = strchr(f->text, '/');
-	port = name ? strchr(name + 1, '/') : NULL;
-	proto = port ? strchr(port + 1, '/') : NULL;
-	if (!proto) {
-		free(f->text);
+	last = strrchr(f->text.at, '/');
+	if (!last || (only && (strncmp(f->text.at, only, n) || f->text.at[n] != '/')))
 		return false;
-	}
-	*name++ = *port++ = *proto++ = 0;
-	f->entry = (struct entry){
-		.ns = f->text, .name = name, .port = port, .proto = key->proto,
-		.v4 = addr_is_v4((const struct in6_addr *)&key->addr),
-		.scope = f->svc.flags & TL_SVC_SCOPE,
-		.drop_if_empty = f->svc.flags & TL_SVC_DROP_IF_EMPTY,
-		.affinity = f->svc.affinity,
-	};
-	return true;
+	f->text.len = last - f->text.at;
+	buf_printf(&f->text, "/%s/%d/%u", proto_name(key->proto), v4 ? 4 : 6,
+		   f->svc.flags & TL_SVC_SCOPE);
+	for (char *c = f->text.at; (c = strchr(c, '/')); slashes++)
+		*c++ = 0;
+	return slashes == 5;
 }
 
-static void entry_add_backends(const struct maps *m, const struct found *f, struct entry *e)
+static void entry_add_backends(const struct maps *m, const struct tl_svc *svc, struct entry *e)
 {
-	struct tl_set_key key = { .set = f->svc.set };
+	struct tl_set_key key = { .set = svc->set };
 	struct tl_chunk chunk;
 
-	e->backends = mem(NULL, f->svc.n_backends * sizeof(*e->backends));
-	for (uint32_t i = 0; i < f->svc.n_backends; i++) {
+	e->backends = mem(NULL, svc->n_backends * sizeof(*e->backends));
+	for (uint32_t i = 0; i < svc->n_backends; i++) {
 		const struct tl_backend *b = &chunk.at[i % TL_CHUNK];
-		struct backend *to = &e->backends[e->n_backends];
+		struct backend *to = &e->backends[i];
 
 		key.chunk = i / TL_CHUNK;
-		if (i % TL_CHUNK == 0 && bpf_map_lookup_elem(m->set, &key, &chunk))
+		if (i % TL_CHUNK == 0 && bpf_map_lookup_elem(m->fd[SET_MAP], &key, &chunk))
 			return;
+		*to = (struct backend){ .port = ntohs(b->port),
+					.local = b->flags & TL_BACKEND_LOCAL,
+					.node = text_find(m, b->node).at };
 		memcpy(&to->addr, &b->addr, sizeof(to->addr));
-		to->port = ntohs(b->port);
-		to->local = b->flags & TL_BACKEND_LOCAL;
-		to->node = text_find(m, b->node);
-		e->n_backends++;
+		e->n_backends = i + 1;
 	}
 }
 
@@ -6486,13 +6415,13 @@ static int range_order(const void *a, const void *b)
 	return memcmp(a, b, sizeof(struct cidr));
 }
 
-static void entry_add_sources(const struct maps *m, const struct found *f, struct entry *e)
+static void entry_add_sources(const struct maps *m, const struct tl_svc *svc, struct entry *e)
 {
-	uint32_t scope[2] = { f->svc.name, f->svc.name >> 32 };
+	uint32_t scope[2] = { svc->name, svc->name >> 32 };
 	struct tl_net_key key, *before = NULL;
 	struct buf out = { 0 };
 
-	for (; !bpf_map_get_next_key(m->net, before, &key); before = &key) {
+	for (; !bpf_map_get_next_key(m->fd[NET_MAP], before, &key); before = &key) {
 		struct cidr c = { .bits = key.prefixlen - 64 };
 
 		memcpy(&c.addr, &key.addr, sizeof(c.addr));
@@ -6505,42 +6434,57 @@ static void entry_add_sources(const struct maps *m, const struct found *f, struc
 		qsort(e->sources, e->n_sources, sizeof(struct cidr), range_order);
 }
 
+/* The entry of `n` frontends. */
+static struct entry entry_read(const struct maps *m, const struct found *f, int n)
+{
+	struct entry e = {
+		.ns = f->text.at,
+		.proto = f->key.proto,
+		.v4 = addr_is_v4((const struct in6_addr *)&f->key.addr),
+		.scope = f->svc.flags & TL_SVC_SCOPE,
+		.drop_if_empty = f->svc.flags & TL_SVC_DROP_IF_EMPTY,
+		.affinity = f->svc.affinity,
+		.frontends = mem(NULL, n * sizeof(*e.frontends)),
+		.n_frontends = n,
+	};
+
+	e.name = e.ns + strlen(e.ns) + 1;
+	e.port = e.name + strlen(e.name) + 1;
+	for (int i = 0; i < n; i++) {
+		memcpy(&e.frontends[i].addr, &f[i].key.addr, sizeof(e.frontends[i].addr));
+		e.frontends[i].port = ntohs(f[i].key.port);
+	}
+	entry_add_backends(m, &f->svc, &e);
+	if (f->svc.flags & TL_SVC_SOURCES)
+		entry_add_sources(m, &f->svc, &e);
+	return e;
+}
+
 /* All entries that the datapath has, sorted; only those of `only` (NAMESPACE/NAME)
  * unless that is NULL. Memory is left to the end of the process. */
 static struct entry *status_entries(const struct maps *m, const char *only, int *n)
 {
 	struct tl_svc_key key, *before = NULL;
 	struct buf found = { 0 }, out = { 0 };
-	struct found f, *at;
-	struct entry *e = NULL;
-	char name[600];
+	struct found f, *at, *end;
 
-	for (; !bpf_map_get_next_key(m->svc, before, &key); before = &key)
-		if (found_read(m, &key, &f)) {
-			snprintf(name, sizeof(name), "%s/%s", f.entry.ns, f.entry.name);
-			if (!only || !strcmp(only, name))
-				buf_add(&found, &f, sizeof(f));
-		}
+	for (; !bpf_map_get_next_key(m->fd[SVC_MAP], before, &key); before = &key)
+		if (found_read(m, &key, only, &f))
+			buf_add(&found, &f, sizeof(f));
 	at = (struct found *)found.at;
-	*n = found.len / sizeof(f);
-	if (*n)
-		qsort(at, *n, sizeof(f), found_order);
-	buf_room(&out, *n * sizeof(*e)); /* entries do not move from here on */
-	for (int i = 0; i < *n; i++) {
-		struct frontend front = { .port = ntohs(at[i].key.port) };
+	end = at + found.len / sizeof(f);
+	if (at)
+		qsort(at, end - at, sizeof(f), found_order);
+	for (int run; at < end; at += run) {
+		struct entry e;
 
-		memcpy(&front.addr, &at[i].key.addr, sizeof(front.addr));
-		if (!i || !same_entry(&at[i - 1], &at[i])) {
-			buf_add(&out, &at[i].entry, sizeof(*e));
-			e = (struct entry *)(out.at + out.len) - 1;
-			e->frontends = mem(NULL, *n * sizeof(front));
-			entry_add_backends(m, &at[i], e);
-			if (at[i].svc.flags & TL_SVC_SOURCES)
-				entry_add_sources(m, &at[i], e);
-		}
-		e->frontends[e->n_frontends++] = front;
+		for (run = 1; at + run < end && at[run].text.len == at->text.len; run++)
+			if (memcmp(at[run].text.at, at->text.at, at->text.len))
+				break;
+		e = entry_read(m, at, run);
+		buf_add(&out, &e, sizeof(e));
 	}
-	*n = out.len / sizeof(*e);
+	*n = out.len / sizeof(struct entry);
 	return (struct entry *)out.at;
 }
 
@@ -6552,92 +6496,78 @@ static const struct {
 #undef ROW
 };
 
-static uint64_t counter(const struct maps *m, uint32_t reason)
-{
-	int cpus = libbpf_num_possible_cpus();
-	uint64_t *each = mem(NULL, cpus * sizeof(*each)), sum = 0;
-
-	if (!bpf_map_lookup_elem(m->stat, &reason, each))
-		for (int i = 0; i < cpus; i++)
-			sum += each[i];
-	free(each);
-	return sum;
-}
-
-static void flow_count(void *arg, const struct tl_tuple *t, const struct tl_flow *f)
-{
-	(void)f;
-	*(uint64_t *)arg += t->dir == TL_REQUEST;
-}
-
-struct door {
-	int ifindex;
-	char name[IF_NAMESIZE];
-	const char *link, *hook;
-};
-
-static bool door_read(int ifindex, struct door *d)
-{
-	struct bpf_link_info link;
-	struct ifreq dev = { 0 };
-	int fd = pinned("from", ifindex), any;
-
-	*d = (struct door){ .ifindex = ifindex };
-	if (fd < 0 || !if_indextoname(ifindex, d->name))
-		return false;
-	d->hook = is_tcx_link(fd, &link) ? "tcx" : "clsact";
-	close(fd);
-	any = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-	memcpy(dev.ifr_name, d->name, IF_NAMESIZE);
-	if (any >= 0 && !ioctl(any, SIOCGIFHWADDR, &dev))
-		d->link = is_ethernet(dev.ifr_hwaddr.sa_family) ? "l2" : "l3";
-	else
-		d->link = "";
-	close(any);
-	return true;
-}
-
-static void print_time(struct buf *out, uint64_t seconds)
-{
-	time_t t = seconds;
-	char text[32] = "";
-
-	if (seconds)
-		strftime(text, sizeof(text), "%Y-%m-%dT%H:%M:%SZ", gmtime(&t));
-	buf_printf(out, "%s", text);
-}
-
 /* What --status shows besides the services. */
 struct overview {
 	struct tl_agent agent;
 	bool running;
+	int pid; /* as we see it, which may not be as it sees itself (agent.pid) */
 	uint64_t flows;
 	uint32_t capacity;
-	struct door doors[64];
-	int n_doors;
+	struct door {
+		char name[IF_NAMESIZE];
+		int ifindex;
+		bool l2;
+		const char *hook;
+	} * doors;
+	size_t n_doors;
+	uint64_t counters[TL_N_REASONS];
+	char changed[32];
 };
+
+static void flow_count(void *count, const struct tl_tuple *t, const struct tl_flow *f)
+{
+	(void)f;
+	*(uint64_t *)count += t->dir == TL_REQUEST;
+}
+
+/* False: there is no such interface. */
+static bool door_read(int ifindex, struct door *d)
+{
+	int fd = pinned("to", ifindex), any = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+	struct ifreq dev = { .ifr_ifindex = ifindex };
+	struct bpf_link_info link;
+	bool there = !ioctl(any, SIOCGIFNAME, &dev) && !ioctl(any, SIOCGIFHWADDR, &dev);
+
+	*d = (struct door){ .ifindex = ifindex,
+			    .l2 = is_ethernet(dev.ifr_hwaddr.sa_family),
+			    .hook = is_tcx_link(fd, &link) ? "tcx" : "clsact" };
+	memcpy(d->name, dev.ifr_name, sizeof(d->name));
+	close(any);
+	close(fd);
+	return there;
+}
 
 static void overview_read(const struct maps *m, struct overview *o)
 {
 	struct bpf_map_info info = { 0 };
-	uint32_t zero = 0, len = sizeof(info);
-	int fd = open(opt.pin_dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC), index[64];
-	int n = doors_list(index, ARRAY_SIZE(index));
+	uint32_t zero = 0, len = sizeof(info), cpus = libbpf_num_possible_cpus();
+	uint64_t *each = mem(NULL, cpus * sizeof(*each)), *ifindex;
+	int fd = pin_dir_fd();
+	time_t changed;
+	size_t n;
 
-	memset(o, 0, sizeof(*o));
-	o->running = fd >= 0 && pin_dir_locked(fd);
-	if (fd >= 0)
-		close(fd);
-	bpf_map_lookup_elem(m->agent, &zero, &o->agent);
-	bpf_map_get_info_by_fd(m->ct, &info, &len);
+	o->running = pin_dir_locked(fd);
+	o->pid = o->running ? pin_dir_holder(fd) : 0;
+	close(fd);
+	bpf_map_lookup_elem(m->fd[AGENT_MAP], &zero, &o->agent);
+	changed = o->agent.changed;
+	if (changed)
+		strftime(o->changed, sizeof(o->changed), "%Y-%m-%dT%H:%M:%SZ", gmtime(&changed));
+	bpf_map_get_info_by_fd(m->fd[CT_MAP], &info, &len);
 	o->capacity = info.max_entries;
-	flows_walk(m->ct, flow_count, &o->flows);
-	for (int i = 0; i < n; i++)
-		o->n_doors += door_read(index[i], &o->doors[o->n_doors]);
+	flows_walk(m->fd[CT_MAP], flow_count, &o->flows);
+	ifindex = doors_list(&n);
+	o->doors = mem(NULL, n * sizeof(*o->doors));
+	for (size_t i = 0; i < n; i++)
+		o->n_doors += door_read(ifindex[i], &o->doors[o->n_doors]);
+	for (uint32_t i = 0; i < TL_N_REASONS; i++)
+		if (!bpf_map_lookup_elem(m->fd[STAT_MAP], &i, each))
+			for (uint32_t cpu = 0; cpu < cpus; cpu++)
+				o->counters[i] += each[cpu];
 }
 
-static void print_status_json(struct buf *out, const struct maps *m, const struct overview *o,
-			      const struct entry *e, int n)
+static void print_status_json(struct buf *out, const struct overview *o, const struct entry *e,
+			      int n)
 {
 	buf_printf(out, "{\"node\":");
 	print_string(out, o->agent.node);
@@ -6645,45 +6575,41 @@ static void print_status_json(struct buf *out, const struct maps *m, const struc
 	print_string(out, o->agent.zone);
 	buf_printf(out, ",\"services\":[");
 	print_entries_json(out, e, n, true);
-	buf_printf(out, "],\n\"agent\":{\"running\":%s,\"pid\":%u,\"source\":", o->running ? "true" : "false",
-		   o->running ? o->agent.pid : 0);
+	buf_printf(out, "],\n\"agent\":{\"running\":%s,\"pid\":%u,\"source\":",
+		   o->running ? "true" : "false", o->running ? o->agent.pid : 0);
 	print_string(out, o->agent.source);
-	buf_printf(out, ",\"synced\":%s,\"last_change\":\"", o->agent.synced ? "true" : "false");
-	print_time(out, o->agent.changed);
-	buf_printf(out, "\"},\n\"interfaces\":[");
-	for (int i = 0; i < o->n_doors; i++)
-		buf_printf(out, "%s{\"name\":\"%s\",\"ifindex\":%d,\"link\":\"%s\",\"hook\":\"%s\"}", i ? "," : "",
-			   o->doors[i].name, o->doors[i].ifindex, o->doors[i].link, o->doors[i].hook);
-	buf_printf(out, "],\n\"flows\":{\"count\":%" PRIu64 ",\"capacity\":%u},\n\"counters\":{", o->flows,
-		   o->capacity);
+	buf_printf(out, ",\"synced\":%s,\"last_change\":\"%s\"},\n\"interfaces\":[",
+		   o->agent.synced ? "true" : "false", o->changed);
+	for (struct door *d = o->doors; d < o->doors + o->n_doors; d++)
+		buf_printf(out,
+			   "%s{\"name\":\"%s\",\"ifindex\":%d,\"link\":\"l%d\",\"hook\":\"%s\"}",
+			   d > o->doors ? "," : "", d->name, d->ifindex, d->l2 ? 2 : 3, d->hook);
+	buf_printf(out, "],\n\"flows\":{\"count\":%" PRIu64 ",\"capacity\":%u},\n\"counters\":{",
+		   o->flows, o->capacity);
 	for (int i = 0; i < TL_N_REASONS; i++)
-		buf_printf(out, "%s\"%s\":%" PRIu64, i ? "," : "", reasons[i].key, counter(m, i));
+		buf_printf(out, "%s\"%s\":%" PRIu64, i ? "," : "", reasons[i].key, o->counters[i]);
 	buf_printf(out, "}}\n");
 }
 
-static void print_status_text(struct buf *out, const struct maps *m, const struct overview *o,
-			      const struct entry *e, int n)
+static void print_status_text(struct buf *out, const struct overview *o, const struct entry *e,
+			      int n)
 {
-	buf_printf(out, "agent: %s", o->running ? "running" : "not running; the datapath works without it");
-	if (o->running)
-		buf_printf(out, ", pid %u", o->agent.pid);
-	buf_printf(out, "\n  source: %s%s\n  last change: ", o->agent.source,
-		   o->agent.synced ? "" : " (not synced yet)");
-	print_time(out, o->agent.changed);
-	buf_printf(out, "\n  node: %s%s%s\n", o->agent.node, *o->agent.zone ? ", zone " : "", o->agent.zone);
-	for (int i = 0; i < o->n_doors; i++)
-		buf_printf(out, "\ninterface: %s\n  link: %s\n  hook: %s\n", o->doors[i].name,
-			   !strcmp(o->doors[i].link, "l2") ? "Ethernet" : "bare IP", o->doors[i].hook);
+	buf_printf(out, "agent: %s%s",
+		   o->running ? "running, " : "not running; the datapath works without it",
+		   o->running ? agent_where(o->pid) : "");
+	buf_printf(out, "\n  source: %s%s\n  last change: %s\n  node: %s%s%s\n", o->agent.source,
+		   o->agent.synced ? "" : " (not synced yet)", o->changed, o->agent.node,
+		   *o->agent.zone ? ", zone " : "", o->agent.zone);
+	for (struct door *d = o->doors; d < o->doors + o->n_doors; d++)
+		buf_printf(out, "\ninterface: %s\n  link: %s\n  hook: %s\n", d->name,
+			   d->l2 ? "Ethernet" : "bare IP", d->hook);
 	if (!o->n_doors)
 		buf_printf(out, "\ninterface: (none attached)\n");
 	print_entries_text(out, e, n);
 	buf_printf(out, "\nflows: %" PRIu64 " of at most %u\n", o->flows, o->capacity / 2);
-	for (int i = 0; i < TL_N_REASONS; i++) {
-		uint64_t count = counter(m, i);
-
-		if (count)
-			buf_printf(out, "%12" PRIu64 "  %s\n", count, reasons[i].text);
-	}
+	for (int i = 0; i < TL_N_REASONS; i++)
+		if (o->counters[i])
+			buf_printf(out, "%12" PRIu64 "  %s\n", o->counters[i], reasons[i].text);
 }
 
 static int cmd_status(void)
@@ -6693,35 +6619,41 @@ static int cmd_status(void)
 	struct entry *e;
 	int n;
 
-	if (maps_find(&maps))
-		return failed();
+	for (int i = 0; i < N_MAPS; i++) {
+		maps.fd[i] = pinned(map_names[i], 0);
+		if (maps.fd[i] < 0 && errno == ENOENT)
+			return fail("nothing of TailLifter is in %s: it was never started here, "
+				    "or was cleaned up",
+				    opt.pin_dir);
+		if (maps.fd[i] < 0)
+			return fail("cannot read %s/%s: %s; run as root", opt.pin_dir, map_names[i],
+				    strerror(errno));
+	}
 	overview_read(&maps, &o);
 	e = status_entries(&maps, opt.status_of, &n);
-	if (opt.status_of && !n) {
-		fail("no service %s is served here", opt.status_of);
-		return failed();
-	}
+	if (opt.status_of && !n)
+		return fail("no service %s is served here", opt.status_of);
 	if (opt.json)
-		print_status_json(&out, &maps, &o, e, n);
+		print_status_json(&out, &o, e, n);
 	else
-		print_status_text(&out, &maps, &o, e, n);
-	fwrite(out.at, 1, out.len, stdout);
-	return fflush(stdout) ? (fail("cannot write: %s", strerror(errno)), failed()) : 0;
+		print_status_text(&out, &o, e, n);
+	return print_out(&out);
 }
 
 /* --- cleanup ------------------------------------------------------------------ */
 /* Tells a running agent to stop, and waits until it has. 0, or -1 with why. */
 static int stop_agent(int pin_fd)
 {
-	int pid = 0;
+	for (int tries = 0; pin_dir_locked(pin_fd); tries++, usleep(50000)) {
+		int pid = pin_dir_holder(pin_fd);
 
-	for (int tries = 0; pin_dir_locked(pin_fd); tries++) {
-		if (!pid && (pid = other_agent()) > 0 && kill(pid, SIGTERM) && errno != ESRCH)
+		if (!tries && pid && kill(pid, SIGTERM) && errno != ESRCH)
 			return fail("cannot stop the agent (pid %d): %s", pid, strerror(errno));
 		if (tries == 100)
-			return fail("the agent (pid %d) still runs after 5 s: stop it (kubectl delete -f "
-				    "k3s/tail-lifter.yaml, systemctl stop tail-lifter), then try again", pid);
-		usleep(50000);
+			return fail("the agent (%s) still runs after 5 s: stop it (kubectl delete "
+				    "-f k3s/tail-lifter.yaml, systemctl stop tail-lifter), then "
+				    "try again",
+				    agent_where(pid));
 	}
 	return 0;
 }
@@ -6729,102 +6661,51 @@ static int stop_agent(int pin_fd)
 /* The bpffs goes too if it was us who mounted it, and nothing else is in it. */
 static void unmount_ours(void)
 {
+	static const char start[] = MOUNT_NAME " " BPFFS " ";
 	FILE *f = fopen("/proc/self/mounts", "re");
 	char line[PATH_MAX];
+	bool ours = false;
 
-	while (f && fgets(line, sizeof(line), f))
-		if (!strncmp(line, MOUNT_NAME " " BPFFS " ", strlen(MOUNT_NAME " " BPFFS " "))) {
-			DIR *dir = opendir(BPFFS);
-			struct dirent *d;
-			bool empty = dir;
-
-			while (dir && (d = readdir(dir)))
-				empty &= d->d_name[0] == '.';
-			if (dir)
-				closedir(dir);
-			if (empty)
-				umount(BPFFS);
-			break;
-		}
+	while (f && !ours && fgets(line, sizeof(line), f))
+		ours = !strncmp(line, start, strlen(start));
 	if (f)
 		fclose(f);
+	if (ours && !dir_next(opendir(BPFFS)))
+		umount(BPFFS);
 }
 
 /* Leaves no trace. Nothing there is fine. */
 static int cmd_cleanup(void)
 {
-	int index[64], n, pin_fd = open(opt.pin_dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-	char path[PATH_MAX + 256];
-	struct dirent *d;
+	int pin_fd = pin_dir_fd();
+	const char *name;
+	uint64_t *ifindex;
+	size_t n;
 	DIR *dir;
 
 	if (pin_fd < 0 && errno == ENOENT)
 		return unmount_ours(), 0;
-	if (pin_fd < 0 || !is_bpffs(opt.pin_dir)) {
-		fail("cannot clean up %s: %s", opt.pin_dir, pin_fd < 0 ? strerror(errno) : "it is in no bpffs");
-		return failed();
-	}
+	if (pin_fd < 0 || !is_bpffs(opt.pin_dir))
+		return fail("cannot clean up %s: %s", opt.pin_dir,
+			    pin_fd < 0 ? strerror(errno) : "it is in no bpffs");
 	if (stop_agent(pin_fd))
-		return failed();
-	for (int tries = 0; tries < 8 && (n = doors_list(index, ARRAY_SIZE(index))) > 0; tries++) /* doors first */
-		for (int i = 0; i < n; i++)
-			doors_detach(index[i]);
-	dir = opendir(opt.pin_dir);
-	while (dir && (d = readdir(dir))) {
-		snprintf(path, sizeof(path), "%s/%s", opt.pin_dir, d->d_name);
-		if (d->d_name[0] != '.' && unlink(path) && errno == EPERM)
-			break;
-	}
-	if (dir)
-		closedir(dir);
+		return -1;
+	ifindex = doors_list(&n); /* doors first */
+	while (n)
+		doors_detach(ifindex[--n]);
+	for (dir = opendir(opt.pin_dir); (name = dir_next(dir));)
+		unpin(name, 0);
 	close(pin_fd);
-	if (rmdir(opt.pin_dir)) {
-		fail("cannot remove %s: %s; run as root", opt.pin_dir, strerror(errno));
-		return failed();
-	}
+	if (rmdir(opt.pin_dir))
+		return fail("cannot remove %s: %s; run as root", opt.pin_dir, strerror(errno));
 	unmount_ours();
 	return 0;
 }
-/* === options ==============================================================
- * One table: parsing, --help and the README's table come from it. */
-enum option_id {
-	OPT_IFACE, OPT_KUBECONFIG, OPT_FROM, OPT_NODE, OPT_SELECTOR, OPT_NAMESPACE, OPT_VIP_RANGE, OPT_MAP,
-	OPT_SNAT, OPT_FAST, OPT_FLOWS, OPT_ADVERTISE, OPT_METRICS, OPT_PIN_DIR, OPT_OUTPUT, OPT_VERBOSE,
-	OPT_QUIET, OPT_ONCE, OPT_STATUS, OPT_CHECK, OPT_DRY_RUN, OPT_CLEANUP, OPT_VERSION, OPT_HELP,
-};
 
-static const struct option_row {
-	char letter;
-	const char *name, *value; /* value: its name in the help, NULL: it takes none */
-	const char *env, *text;
-} options[] = {
-	[OPT_ONCE] = { 0, "once", NULL, NULL, "attach, sync once, exit; the datapath stays" },
-	[OPT_STATUS] = { 0, "status", NULL, NULL, "what is attached, services, flows, counters; of one service: --status NAMESPACE/NAME" },
-	[OPT_CHECK] = { 0, "check", NULL, NULL, "what would keep it from working here, with the remedy" },
-	[OPT_DRY_RUN] = { 0, "dry-run", NULL, NULL, "print what would be programmed" },
-	[OPT_CLEANUP] = { 0, "cleanup", NULL, NULL, "detach, unpin, leave no trace" },
-	[OPT_VERSION] = { 0, "version", NULL, NULL, "print the version" },
-	[OPT_HELP] = { 'h', "help", NULL, NULL, "print this" },
-	[OPT_IFACE] = { 'i', "iface", "NAME[,NAME]", "IFACE", "VPN interfaces (default tailscale0); need not exist yet" },
-	[OPT_KUBECONFIG] = { 0, "kubeconfig", "FILE", "KUBECONFIG", "default: in-cluster, else k3s's, RKE2's, ~/.kube/config" },
-	[OPT_FROM] = { 0, "from", "FILE", NULL, "read objects as JSON (- is stdin) instead of an API server; again on SIGHUP" },
-	[OPT_NODE] = { 0, "node", "NAME", "NODE_NAME", "own node (default: the host name)" },
-	[OPT_SELECTOR] = { 0, "selector", "SEL", NULL, "serve only services with these labels, as kubectl -l" },
-	[OPT_NAMESPACE] = { 'n', "namespace", "NS", NULL, "serve only services of this namespace; may be repeated" },
-	[OPT_VIP_RANGE] = { 0, "vip-range", "CIDR", NULL, "also give each service an address in this range" },
-	[OPT_MAP] = { 0, "map", "FROM=TO", NULL, "also serve the ClusterIPs of range TO at range FROM; may be repeated" },
-	[OPT_SNAT] = { 0, "snat", "off|auto|on", NULL, "source NAT towards backends (default off)" },
-	[OPT_FAST] = { 0, "fast", NULL, NULL, "local backends skip the host's stack" },
-	[OPT_FLOWS] = { 0, "flows", "N", NULL, "capacity of ct_map (default 65536)" },
-	[OPT_ADVERTISE] = { 0, "advertise", NULL, NULL, "keep the service CIDR among tailscaled's advertised routes" },
-	[OPT_METRICS] = { 0, "metrics", "ADDR:PORT", NULL, "serve Prometheus metrics and health there" },
-	[OPT_PIN_DIR] = { 0, "pin-dir", "DIR", NULL, "where maps are pinned (default /sys/fs/bpf/tail_lifter)" },
-	[OPT_OUTPUT] = { 'o', "output", "json", NULL, "print JSON (--status, --dry-run)" },
-	[OPT_VERBOSE] = { 'v', "verbose", NULL, NULL, "say more" },
-	[OPT_QUIET] = { 'q', "quiet", NULL, NULL, "say less" },
-};
-
-static int cmd_help(void);
+static int cmd_check(void)
+{
+	return fail("--check is not in this version");
+}
 
 static int cmd_version(void)
 {
@@ -6832,239 +6713,286 @@ static int cmd_version(void)
 	return 0;
 }
 
-static int cmd_check(void)
-{
-	fail("--check is not in this version");
-	return failed();
-}
-
-/* What the command line may ask for, besides to run. */
-static int (*const commands[])(void) = {
-	[OPT_ONCE] = cmd_once,	     [OPT_STATUS] = cmd_status,	  [OPT_CHECK] = cmd_check, [OPT_DRY_RUN] = cmd_dry_run,
-	[OPT_CLEANUP] = cmd_cleanup, [OPT_VERSION] = cmd_version, [OPT_HELP] = cmd_help,
+/* === options ==============================================================
+ * One table: parsing, --help and the README's table come from it. */
+struct option_row {
+	const char *form; /* "-x, --name VALUE" */
+	const char *text;
+	int (*take)(const struct option_row *, const char *value); /* 0, or -1 with why */
+	void *to;
+	const char *env;
+	int (*command)(void);
 };
 
-/* As in the design: commands, then options. */
-static int cmd_help(void)
+/* "name" or "name VALUE" */
+static const char *row_name(const struct option_row *o)
 {
-	printf("tail_lifter: every ClusterIP reachable from the tailnet\n\n"
-	       "usage: tail_lifter [OPTIONS]   attach, sync, stay; SIGTERM leaves the datapath working\n"
-	       "       tail_lifter COMMAND [OPTIONS]\n");
-	for (int commands_first = 1; commands_first >= 0; commands_first--) {
-		printf("\n%s:\n", commands_first ? "commands" : "options");
-		for (size_t i = 0; i < ARRAY_SIZE(options); i++) {
-			const struct option_row *o = &options[i];
-			char left[64];
-
-			if ((i < ARRAY_SIZE(commands) && commands[i]) != commands_first)
-				continue;
-			snprintf(left, sizeof(left), "%c%c%c --%s%s%s", o->letter ? '-' : ' ',
-				 o->letter ? o->letter : ' ', o->letter ? ',' : ' ', o->name, o->value ? " " : "",
-				 o->value ? o->value : "");
-			printf("  %-26s  %s%s%s%s\n", left, o->text, o->env ? "; env " : "",
-			       o->env ? o->env : "", "");
-		}
-	}
-	return fflush(stdout) ? 1 : 0;
+	return strstr(o->form, "--") + 2;
 }
 
-static int take_cidr(const char *name, const char *s, size_t n, struct cidr *c)
+/* "VALUE", or NULL: it takes none. */
+static const char *row_value(const struct option_row *o)
+{
+	const char *space = strchr(row_name(o), ' ');
+
+	return space ? space + 1 : NULL;
+}
+
+static int cmd_help(void);
+
+static int take_flag(const struct option_row *o, const char *value)
+{
+	(void)value;
+	*(bool *)o->to = true;
+	return 0;
+}
+
+static int take_loud(const struct option_row *o, const char *value)
+{
+	(void)value;
+	loud += o->form[1] == 'v' ? 1 : -1;
+	return 0;
+}
+
+static int take_text(const struct option_row *o, const char *value)
+{
+	*(const char **)o->to = value;
+	return *value || o->to == &opt.selector ? 0 : fail("--%s is missing", row_name(o));
+}
+
+/* Which of the words between bars it is. */
+static int take_word(const struct option_row *o, const char *value)
+{
+	size_t n = strlen(value);
+	unsigned which = 0;
+
+	for (const char *s = row_value(o); *s; s += strcspn(s, "|"), s += *s == '|', which++)
+		if (strcspn(s, "|") == n && !strncmp(s, value, n))
+			return *(unsigned *)o->to = which, 0;
+	return fail("--%s: not %s", row_name(o), value);
+}
+
+static int take_json(const struct option_row *o, const char *value)
+{
+	opt.json = !strcmp(value, "json");
+	return opt.json ? 0 : fail("--%s: not %s", row_name(o), value);
+}
+
+static int take_cidr(const struct option_row *o, const char *s, size_t n, struct cidr *c)
 {
 	struct in6_addr masked;
 
 	if (!cidr_parse(s, n, c))
-		return fail("--%s: %.*s is no range like 10.8.43.0/24", name, (int)n, s);
+		return fail("--%s: %.*s is no range like 10.8.43.0/24", row_name(o), (int)n, s);
 	masked = c->addr;
 	addr_mask(&masked, c->bits);
 	if (memcmp(&masked, &c->addr, sizeof(masked)))
-		return fail("--%s: %.*s has bits set behind its length", name, (int)n, s);
+		return fail("--%s: %.*s has bits set behind its length", row_name(o), (int)n, s);
 	return 0;
 }
 
-static int take_map(const char *s)
+static int take_vip_range(const struct option_row *o, const char *value)
 {
-	const char *eq = strchr(s, '=');
+	opt.has_vip_range = true;
+	return take_cidr(o, value, strlen(value), &opt.vip_range);
+}
+
+static int take_map(const struct option_row *o, const char *value)
+{
+	const char *eq = strchr(value, '=');
 	struct map_option m;
 
 	if (!eq)
-		return fail("--map: %s is not FROM=TO", s);
-	if (take_cidr("map", s, eq - s, &m.from) || take_cidr("map", eq + 1, strlen(eq + 1), &m.to))
+		return fail("--%s: not %s", row_name(o), value);
+	if (take_cidr(o, value, eq - value, &m.from) || take_cidr(o, eq + 1, strlen(eq + 1), &m.to))
 		return -1;
 	if (m.from.bits != m.to.bits || addr_is_v4(&m.from.addr) != addr_is_v4(&m.to.addr))
-		return fail("--map: %s: both ranges must be of one family and length", s);
+		return fail("--map: %s: both ranges must be of one family and length", value);
 	opt.maps = mem(opt.maps, (opt.n_maps + 1) * sizeof(m));
 	opt.maps[opt.n_maps++] = m;
 	return 0;
 }
 
-static int take_ifaces(const char *s)
+static int take_namespace(const struct option_row *o, const char *value)
 {
-	agent.n_iface = 0;
-	while (*s) {
-		size_t n = strcspn(s, ",");
-
-		if (!n || n >= IF_NAMESIZE || memchr(s, '/', n) || memchr(s, ' ', n) || agent.n_iface == MAX_IFACES)
-			return fail("--iface: %s: up to %d names of at most %d characters, with commas between", s,
-				    MAX_IFACES, IF_NAMESIZE - 1);
-		memset(&agent.iface[agent.n_iface], 0, sizeof(agent.iface[0]));
-		memcpy(agent.iface[agent.n_iface++].name, s, n);
-		s += n + (s[n] == ',');
-		if (s[-1] == ',' && !*s)
-			return fail("--iface: a name must follow the comma");
-	}
-	return agent.n_iface ? 0 : fail("--iface: a name is missing");
+	opt.namespaces = mem(opt.namespaces, (opt.n_namespaces + 1) * sizeof(value));
+	opt.namespaces[opt.n_namespaces++] = value;
+	return *value ? 0 : fail("--%s is missing", row_name(o));
 }
 
-static int take_flows(const char *s)
+static int take_ifaces(const struct option_row *o, const char *s)
+{
+	(void)o;
+	for (agent.n_iface = 0;; s++) {
+		size_t n = strcspn(s, ",");
+
+		if (!n || n >= IF_NAMESIZE || memchr(s, '/', n) || memchr(s, ' ', n) ||
+		    agent.n_iface == MAX_IFACES)
+			return fail("--iface: up to %d names of at most %d characters, with commas "
+				    "between, and not \"%s\"",
+				    MAX_IFACES, IF_NAMESIZE - 1, s);
+		memset(agent.iface[agent.n_iface].name, 0, IF_NAMESIZE);
+		memcpy(agent.iface[agent.n_iface++].name, s, n);
+		s += n;
+		if (!*s)
+			return 0;
+	}
+}
+
+static int take_flows(const struct option_row *o, const char *s)
 {
 	char *end;
 	unsigned long n = strtoul(s, &end, 10);
 
 	if (!isdigit((unsigned char)*s) || *end || n < 1024 || n > 16 << 20)
-		return fail("--flows: %s is not a number from 1024 to %d", s, 16 << 20);
+		return fail("--%s: %s is not a number from 1024 to %d", row_name(o), s, 16 << 20);
 	opt.flows = n;
 	return 0;
 }
 
-static int take_snat(const char *s)
-{
-	static const char *const names[] = { "off", "auto", "on" };
+static const struct option_row options[] = {
+	{ "    --once", "attach, sync once, exit; the datapath stays", .command = cmd_once },
+	{ "    --status", "interfaces, services, flows, counters; of one: --status NAMESPACE/NAME",
+	  .command = cmd_status },
+	{ "    --check", "what would keep it from working here, with the remedy",
+	  .command = cmd_check },
+	{ "    --dry-run", "print what would be programmed", .command = cmd_dry_run },
+	{ "    --cleanup", "detach, unpin, leave no trace", .command = cmd_cleanup },
+	{ "    --version", "print the version", .command = cmd_version },
+	{ "-h, --help", "print this", .command = cmd_help },
+	{ "-i, --iface NAME[,NAME]", "VPN interfaces (default tailscale0); need not exist yet",
+	  .take = take_ifaces, .env = "IFACE" },
+	{ "    --kubeconfig FILE", "default: in-cluster, else k3s's, RKE2's, ~/.kube/config",
+	  .take = take_text, .to = &opt.kubeconfig, .env = "KUBECONFIG" },
+	{ "    --from FILE",
+	  "read objects as JSON (- is stdin), not from a server; again on SIGHUP",
+	  .take = take_text, .to = &opt.from },
+	{ "    --node NAME", "own node (default: the host name)", .take = take_text,
+	  .to = &opt.node, .env = "NODE_NAME" },
+	{ "    --selector SEL", "serve only services with these labels, as kubectl -l",
+	  .take = take_text, .to = &opt.selector },
+	{ "-n, --namespace NS", "serve only services of this namespace; may be repeated",
+	  .take = take_namespace },
+	{ "    --vip-range CIDR", "also give each service an address in this range",
+	  .take = take_vip_range },
+	{ "    --map FROM=TO",
+	  "serve the ClusterIPs of range TO at range FROM too; may be repeated", .take = take_map },
+	{ "    --snat off|auto|on", "source NAT towards backends (default off)", .take = take_word,
+	  .to = &opt.snat },
+	{ "    --fast", "local backends skip the host's stack", .take = take_flag,
+	  .to = &opt.fast },
+	{ "    --flows N", "capacity of ct_map (default 65536)", .take = take_flows },
+	{ "    --advertise", "keep the service CIDR among tailscaled's advertised routes",
+	  .take = take_flag, .to = &opt.advertise },
+	{ "    --metrics ADDR:PORT", "serve Prometheus metrics and health there", .take = take_text,
+	  .to = &opt.metrics },
+	{ "    --pin-dir DIR", "where maps are pinned (default /sys/fs/bpf/tail_lifter)",
+	  .take = take_text, .to = &opt.pin_dir },
+	{ "-o, --output json", "print JSON (--status, --dry-run)", .take = take_json },
+	{ "-v, --verbose", "say more", .take = take_loud },
+	{ "-q, --quiet", "say less", .take = take_loud },
+};
 
-	for (size_t i = 0; i < ARRAY_SIZE(names); i++)
-		if (!strcmp(s, names[i]))
-			return opt.snat = i, 0;
-	return fail("--snat: %s is not off, auto or on", s);
-}
-
-/* One option. 0; -1 with why: its value does not fit. */
-static int take(enum option_id id, const char *value)
+static int cmd_help(void)
 {
-	switch (id) {
-	case OPT_IFACE:
-		return take_ifaces(value);
-	case OPT_KUBECONFIG:
-		opt.kubeconfig = value;
-		return *value ? 0 : fail("--kubeconfig: a file is missing");
-	case OPT_FROM:
-		opt.from = value;
-		return *value ? 0 : fail("--from: a file is missing");
-	case OPT_NODE:
-		opt.node = value;
-		return *value && strlen(value) <= MAX_NAME ? 0 : fail("--node: not a node's name");
-	case OPT_SELECTOR:
-		opt.selector = value;
-		return 0;
-	case OPT_NAMESPACE:
-		opt.namespaces = mem(opt.namespaces, (opt.n_namespaces + 1) * sizeof(value));
-		opt.namespaces[opt.n_namespaces++] = value;
-		return *value ? 0 : fail("--namespace: a name is missing");
-	case OPT_VIP_RANGE:
-		opt.has_vip_range = true;
-		return take_cidr("vip-range", value, strlen(value), &opt.vip_range);
-	case OPT_MAP:
-		return take_map(value);
-	case OPT_SNAT:
-		return take_snat(value);
-	case OPT_FLOWS:
-		return take_flows(value);
-	case OPT_FAST:
-		opt.fast = true;
-		return 0;
-	case OPT_ADVERTISE:
-		opt.advertise = true;
-		return 0;
-	case OPT_METRICS:
-		opt.metrics = value;
-		return strrchr(value, ':') ? 0 : fail("--metrics: %s is not ADDR:PORT", value);
-	case OPT_PIN_DIR:
-		opt.pin_dir = value;
-		return *value == '/' ? 0 : fail("--pin-dir: %s is not an absolute path", value);
-	case OPT_OUTPUT:
-		opt.json = true;
-		return !strcmp(value, "json") ? 0 : fail("--output: %s is not json", value);
-	case OPT_VERBOSE:
-		loud++;
-		return 0;
-	case OPT_QUIET:
-		loud--;
-		return 0;
-	default:
-		return 0;
+	printf("tail_lifter: every ClusterIP reachable from the tailnet\n\n"
+	       "usage: tail_lifter [OPTIONS]   attach, sync, stay; SIGTERM leaves the datapath "
+	       "working\n"
+	       "       tail_lifter COMMAND [OPTIONS]\n");
+	for (const struct option_row *o = options; o < options + ARRAY_SIZE(options); o++) {
+		if (o == options || !o->command != !o[-1].command)
+			printf("\n%s:\n", o->command ? "commands" : "options");
+		printf("  %-26s  %s%s%s\n", o->form, o->text, o->env ? "; env " : "",
+		       o->env ? o->env : "");
 	}
+	return fflush(stdout) ? fail("cannot write: %s", strerror(errno)) : 0;
 }
 
-/* Finds the option of an argument: --name, --name=value, -x, -xvalue. `*value` is
- * what is attached to it, NULL: nothing. -1 with why. */
-static int option_of(const char *arg, const char **value)
+/* The row of an argument: --name, --name=value, -x, -xvalue. `*value` is what is
+ * attached to it, NULL: nothing. NULL with why. */
+static const struct option_row *option_of(const char *arg, const char **value)
 {
-	size_t n = arg[1] == '-' ? strcspn(arg + 2, "=") : 1;
-	const char *rest = arg[1] == '-' ? arg + 2 + n : arg + 2;
+	bool word = arg[1] == '-';
+	const char *name = arg + 1 + word;
+	size_t n = word ? strcspn(name, "=") : 1;
 
-	for (size_t i = 0; i < ARRAY_SIZE(options); i++) {
-		const struct option_row *o = &options[i];
-
-		if (arg[1] == '-' ? strlen(o->name) != n || strncmp(o->name, arg + 2, n) : o->letter != arg[1])
+	*value = name[n] ? name + n + word : NULL;
+	for (const struct option_row *o = options; o < options + ARRAY_SIZE(options); o++) {
+		if (word ? strcspn(row_name(o), " ") != n || strncmp(row_name(o), name, n) :
+			   *o->form != '-' || o->form[1] != *name)
 			continue;
-		*value = !*rest ? NULL : arg[1] == '-' ? rest + 1 : rest;
-		if (*value && !o->value && (arg[1] == '-' || rest[0]))
-			return fail("--%s takes no value", o->name);
-		return i;
+		if (!*value || row_value(o))
+			return o;
+		return fail("--%s takes no value", row_name(o)), NULL;
 	}
-	return fail("unknown option %s", arg);
+	return fail("unknown option %s", arg), NULL;
 }
 
-/* Fills opt from the environment and argv; `*command` is what to do. 0, or -1
- * with why. */
-static int options_read(int argc, char **argv, int (**command)(void))
+/* What holds whatever set the options; and the default that is not constant. */
+static int options_check(void)
 {
 	static char host[MAX_NAME + 1];
-	const char *value, *chosen = NULL;
 
-	opt = (struct options){ .flows = TL_FLOWS, .pin_dir = BPFFS "/tail_lifter" };
-	*command = cmd_run;
-	take_ifaces("tailscale0");
-	for (size_t i = 0; i < ARRAY_SIZE(options); i++) {
-		value = options[i].env ? getenv(options[i].env) : NULL;
-		if (value && *value && take(i, value))
-			return -1;
-	}
-	for (int i = 1; i < argc; i++) {
-		int id;
-
-		if (argv[i][0] != '-' || !argv[i][1]) {
-			if (*command != cmd_status || opt.status_of || !strchr(argv[i], '/'))
-				return fail("stray word %s", argv[i]);
-			opt.status_of = argv[i];
-			continue;
-		}
-		id = option_of(argv[i], &value);
-		if (id < 0)
-			return -1;
-		if (options[id].value && !value && !(value = argv[++i]))
-			return fail("--%s: %s is missing", options[id].name, options[id].value);
-		if (id < (int)ARRAY_SIZE(commands) && commands[id]) {
-			if (chosen && strcmp(chosen, options[id].name))
-				return fail("--%s and --%s are two commands", chosen, options[id].name);
-			chosen = options[id].name;
-			*command = commands[id];
-		}
-		if (take(id, value))
-			return -1;
-	}
 	if (!opt.node) {
 		gethostname(host, sizeof(host) - 1);
 		for (char *c = host; *c; c++)
 			*c = tolower((unsigned char)*c);
 		opt.node = host;
 	}
-	return 0;
+	if (strlen(opt.node) > MAX_NAME)
+		return fail("--node: %s is too long for a node's name", opt.node);
+	if (*opt.pin_dir != '/')
+		return fail("--pin-dir: %s is not an absolute path", opt.pin_dir);
+	if (opt.metrics && !strrchr(opt.metrics, ':'))
+		return fail("--metrics: %s is not ADDR:PORT", opt.metrics);
+	return model_init(&agent.model, &opt);
+}
+
+/* Fills opt from the environment and argv; `*command` is what to do. 0, or -1
+ * with why. */
+static int options_read(int argc, char **argv, int (**command)(void))
+{
+	const struct option_row *o, *chosen = NULL;
+	const char *value;
+
+	opt = (struct options){ .flows = TL_FLOWS, .pin_dir = BPFFS "/tail_lifter" };
+	take_ifaces(NULL, "tailscale0");
+	for (o = options; o < options + ARRAY_SIZE(options); o++) {
+		value = o->env ? getenv(o->env) : NULL;
+		if (value && *value && o->take(o, value))
+			return -1;
+	}
+	for (int i = 1; i < argc; i++) {
+		if (argv[i][0] != '-' || !argv[i][1]) {
+			if (*command != cmd_status || opt.status_of || !strchr(argv[i], '/'))
+				return fail("stray word %s", argv[i]);
+			opt.status_of = argv[i];
+			continue;
+		}
+		o = option_of(argv[i], &value);
+		if (!o)
+			return -1;
+		if (row_value(o) && !value && !(value = argv[++i]))
+			return fail("--%s is missing", row_name(o));
+		if (o->command && chosen && chosen != o)
+			return fail("--%s and --%s are two commands", row_name(chosen),
+				    row_name(o));
+		if (o->command)
+			*command = (chosen = o)->command;
+		else if (o->take(o, value))
+			return -1;
+	}
+	return *command == cmd_help ? 0 : options_check();
 }
 
 /* What this version knows the words for, and does not do. */
 static int options_unbuilt(void)
 {
-	const char *word = opt.fast ? "--fast" : opt.advertise ? "--advertise" : opt.metrics ? "--metrics" :
-			   opt.snat ? "--snat other than off" : NULL;
+	const char *word = opt.fast ? "--fast" :
+		opt.advertise	    ? "--advertise" :
+		opt.metrics	    ? "--metrics" :
+		opt.snat	    ? "--snat other than off" :
+				      NULL;
 
 	return word ? fail("%s is not in this version", word) : 0;
 }
@@ -7074,7 +7002,8 @@ static int options_unbuilt(void)
  * loader would have done this; a static-pie has none. */
 static void protect_relro(void)
 {
-	const ElfW(Phdr) *at = (const ElfW(Phdr) *)getauxval(AT_PHDR), *end = at + getauxval(AT_PHNUM);
+	const ElfW(Phdr) *at = (const ElfW(Phdr) *)getauxval(AT_PHDR),
+			 *end = at + getauxval(AT_PHNUM);
 	uintptr_t page = getauxval(AT_PAGESZ), base = 0, from, to;
 
 	for (const ElfW(Phdr) *p = at; p < end; p++)
@@ -7091,16 +7020,16 @@ static void protect_relro(void)
 
 int main(int argc, char **argv)
 {
-	int (*command)(void);
+	int (*command)(void) = cmd_run, r;
 
 	protect_relro();
-
-	if (options_read(argc, argv, &command) || (model_init(&agent.model, &opt) && command != cmd_help)) {
+	if (options_read(argc, argv, &command)) {
 		warn("%s; usage: tail_lifter [COMMAND] [OPTIONS], --help lists them", why);
 		return 2;
 	}
 	libbpf_set_print(on_libbpf);
-	if (options_unbuilt())
-		return failed();
-	return command();
+	r = options_unbuilt() ? -1 : command();
+	if (r < 0)
+		warn("%s", why);
+	return r ? 1 : 0;
 }
