@@ -431,14 +431,14 @@ static void empty(struct model *m)
 		model_sweep(m, k);
 	}
 	drain(m);
-	check(!m->services.n && !m->slices.n && !m->claims.n && !m->n_without, "nothing_is_left",
-	      "%zu services, %zu slices, %zu claims", m->services.n, m->slices.n, m->claims.n);
+	check(!m->services.n && !m->objects.n && !m->claims.n && !m->n_without, "nothing_is_left",
+	      "%zu services, %zu objects, %zu claims", m->services.n, m->objects.n, m->claims.n);
+	for (enum kind k = 0; k < N_KINDS; k++)
+		check(!m->n_of[k], "nothing_is_left", "%zu of kind %d", m->n_of[k], k);
+	check(!m->n_bad, "nothing_is_left", "%zu bad ones", m->n_bad);
 	free(m->services.bucket);
-	free(m->slices.bucket);
+	free(m->objects.bucket);
 	free(m->claims.bucket);
-	free(m->filter.at);
-	free(m->places.zone);
-	free(m->bad);
 }
 
 /* VIPs as dealt out by age, the plain way. */
@@ -532,7 +532,6 @@ static void test_churn(uint64_t seed, const char *vip_range, const char *selecto
 		drain(&m);
 		programmed_text(&m, &have);
 		model_init(&fresh, &world_options);
-		fresh.started = true;
 		for (int i = WORLD * 2; i-- > 0;)
 			for (enum kind k = 0; k < N_KINDS; k++)
 				if (set[k][i])
