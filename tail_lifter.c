@@ -1855,15 +1855,6 @@ static int selector_match(const char *text, const struct json *j, int labels)
 	}
 }
 
-static bool filter_match(const struct filter *f, const char *ns, const struct json *j, int labels)
-{
-	bool in = !f->n_namespaces;
-
-	for (int i = 0; i < f->n_namespaces; i++)
-		in |= !strcmp(f->namespaces[i], ns);
-	return in && selector_match(f->selector, j, labels) > 0;
-}
-
 /* --- reading ---------------------------------------------------------------
  * The first flaw is kept in `why` and ends nothing; who reads asks at the end.
  * Every value is a token; -1 is none, as null is. */
@@ -1918,6 +1909,13 @@ static int read_member(struct reader *r, int at, const char *key, jsmntype_t typ
 {
 	return read_typed(r, json_get(r->j, at, key), type);
 }
+
+/* Each element of an array that is of this type; null is none. */
+#define READ_EACH(r, i, parent, key, type)                                                      \
+	for (int i##_in = read_member(r, parent, key, JSMN_ARRAY),                              \
+		 i = json_first((r)->j, i##_in);                                                \
+	     i >= 0; i = json_next((r)->j, i##_in, i))                                          \
+		if (read_typed(r, i, type) >= 0)
 
 /* A string decoded into r->text, empty if there is none. */
 static int read_string(struct reader *r, int at)
@@ -2079,23 +2077,18 @@ static int port_by_name(const void *a, const void *b, void *texts)
 static void read_ports(struct reader *r, int parent)
 {
 	bool slice = r->o.kind == SLICES;
-	int at = read_member(r, parent, "ports", JSMN_ARRAY);
 	size_t first = r->fixed.len;
 	uint32_t n, kept = 0;
 	struct port *p;
 
-	for (int i = json_first(r->j, at); i >= 0 && !r->bad; i = json_next(r->j, at, i)) {
-		struct port port = { .name = r->texts.len };
-		int named;
+	READ_EACH (r, i, parent, "ports", JSMN_OBJECT) {
+		struct port port = { .name = r->texts.len, .proto = read_protocol(r, i) };
+		bool named = read_name(r, json_get(r->j, i, "name"), MAX_PORTNAME) >= 0;
 
-		if (read_typed(r, i, JSMN_OBJECT) < 0)
-			continue;
-		port.proto = read_protocol(r, i);
 		port.number = read_number(r, i, "port", !slice, 65535);
-		named = read_name(r, json_get(r->j, i, "name"), MAX_PORTNAME);
 		if (!slice && !port.number)
 			flaw(r, i, "port", "is missing");
-		if (slice && (named < 0 || !port.number))
+		if (slice && (!named || !port.number))
 			continue;
 		keep_text(r);
 		buf_add(&r->fixed, &port, sizeof(port));
@@ -2145,32 +2138,25 @@ static void read_cluster_ips(struct reader *r, int spec)
 /* externalIPs, then the load-balancer IPs that nodes are to serve. */
 static void read_external_ips(struct reader *r, int spec)
 {
-	int ips = read_member(r, spec, "externalIPs", JSMN_ARRAY);
-	int lb = read_member(r, read_member(r, r->root, "status", JSMN_OBJECT), "loadBalancer",
-			     JSMN_OBJECT);
+	int lb = read_member(r, r->root, "status", JSMN_OBJECT);
 
-	for (int i = json_first(r->j, ips); i >= 0; i = json_next(r->j, ips, i))
+	READ_EACH (r, i, spec, "externalIPs", JSMN_STRING)
 		r->o.n_external += keep_address(r, i);
-	lb = read_member(r, lb, "ingress", JSMN_ARRAY);
-	for (int i = json_first(r->j, lb); i >= 0; i = json_next(r->j, lb, i)) {
-		int mode = json_get(r->j, read_typed(r, i, JSMN_OBJECT), "ipMode");
-
-		if (mode < 0 || read_is(r, i, "ipMode", "VIP"))
+	lb = read_member(r, lb, "loadBalancer", JSMN_OBJECT);
+	READ_EACH (r, i, lb, "ingress", JSMN_OBJECT)
+		if (json_get(r->j, i, "ipMode") < 0 || read_is(r, i, "ipMode", "VIP"))
 			r->o.n_lb += keep_address(r, json_get(r->j, i, "ip"));
-	}
 }
 
 static void read_cidrs(struct reader *r, int spec, const char *key)
 {
 	static const char space[] = " \t\n\v\f\r";
-	int at = read_member(r, spec, key, JSMN_ARRAY);
 
-	for (int i = json_first(r->j, at); i >= 0; i = json_next(r->j, at, i)) {
+	READ_EACH (r, i, spec, key, JSMN_STRING) {
 		struct cidr c;
 		size_t from, len;
 
-		if (read_string(r, i) < 0)
-			continue;
+		read_string(r, i);
 		memset(&c, 0, sizeof(c)); /* the gaps too: it is compared as bytes */
 		from = strspn(r->text.at, space);
 		for (len = r->text.len; len > from && strchr(space, r->text.at[len - 1]); len--)
@@ -2185,15 +2171,25 @@ static void read_cidrs(struct reader *r, int spec, const char *key)
 
 static uint32_t read_affinity(struct reader *r, int spec)
 {
+	int at = read_member(r, spec, "sessionAffinityConfig", JSMN_OBJECT);
 	uint32_t seconds;
-	int at;
 
 	if (!read_is(r, spec, "sessionAffinity", "ClientIP"))
 		return 0;
-	at = read_member(r, spec, "sessionAffinityConfig", JSMN_OBJECT);
 	at = read_member(r, at, "clientIP", JSMN_OBJECT);
 	seconds = read_number(r, at, "timeoutSeconds", 1, 86400);
 	return seconds ? seconds : 10800;
+}
+
+/* --selector and --namespace. */
+static bool read_served(struct reader *r)
+{
+	const struct filter *f = r->filter;
+	bool in = !f->n_namespaces;
+
+	for (int i = 0; i < f->n_namespaces; i++)
+		in |= !strcmp(f->namespaces[i], r->texts.at);
+	return in && selector_match(f->selector, r->j, r->labels) > 0;
 }
 
 static void read_service(struct reader *r)
@@ -2204,7 +2200,7 @@ static void read_service(struct reader *r)
 	r->o.blank |= read_is(r, spec, "clusterIP", "None") || !r->text.len;
 	if (r->o.blank || r->bad)
 		return;
-	r->o.served = filter_match(r->filter, r->texts.at, r->j, r->labels);
+	r->o.served = read_served(r);
 	read_string(r, json_get(r->j, r->meta, "creationTimestamp"));
 	r->o.created = read_timestamp(r->text.at);
 	read_cluster_ips(r, spec);
@@ -2219,11 +2215,7 @@ static void read_service(struct reader *r)
 /* The hints, each with its kind before it. */
 static void read_hints(struct reader *r, int hints, const char *key, char kind, size_t most)
 {
-	int at = read_member(r, hints, key, JSMN_ARRAY);
-
-	for (int i = json_first(r->j, at); i >= 0; i = json_next(r->j, at, i)) {
-		if (read_typed(r, i, JSMN_OBJECT) < 0)
-			continue;
+	READ_EACH (r, i, hints, key, JSMN_OBJECT) {
 		read_name(r, json_get(r->j, i, "name"), most);
 		buf_add(&r->texts, &kind, 1);
 		keep_text(r);
@@ -2257,8 +2249,6 @@ static void read_endpoint(struct reader *r, int at)
 
 static void read_slice(struct reader *r)
 {
-	int at;
-
 	read_name(r, json_get(r->j, r->labels, "kubernetes.io/service-name"), MAX_NAME);
 	keep_text(r);
 	r->o.blank |= !r->text.len;
@@ -2266,10 +2256,8 @@ static void read_slice(struct reader *r)
 	r->o.blank |= !r->o.v4 && !read_is(r, r->root, "addressType", "IPv6");
 	if (r->o.blank || r->bad)
 		return;
-	at = read_member(r, r->root, "endpoints", JSMN_ARRAY);
-	for (int i = json_first(r->j, at); i >= 0 && !r->bad; i = json_next(r->j, at, i))
-		if (read_typed(r, i, JSMN_OBJECT) >= 0)
-			read_endpoint(r, i);
+	READ_EACH (r, i, r->root, "endpoints", JSMN_OBJECT)
+		read_endpoint(r, i);
 	read_ports(r, r->root);
 }
 
@@ -3232,15 +3220,6 @@ static void resolve_service(struct model *m, struct service *s, struct resolved 
 		backs = e->serving + e->n_serving;
 	}
 }
-
-static void resolved_free(struct resolved *r)
-{
-	buf_free(&r->list);
-	buf_free(&r->fronts);
-	buf_free(&r->backs);
-	buf_free(&r->candidates);
-	buf_free(&r->lost);
-}
 /* === printing ============================================================= */
 static void print_string(struct buf *out, const char *s)
 {
@@ -3266,47 +3245,42 @@ static void print_socket(struct buf *out, const char *before, const struct in6_a
 
 static const char *const scope_names[] = { "internal", "external", "load-balancer" };
 
-static void print_entry_json(struct buf *out, const struct entry *e)
-{
-	const char *const names[][2] = { { "{\"namespace\":", e->ns },
-					 { ",\"name\":", e->name },
-					 { ",\"port\":", e->port } };
-	char text[INET6_ADDRSTRLEN + 4];
-
-	for (size_t i = 0; i < ARRAY_SIZE(names); i++) {
-		buf_printf(out, "%s", names[i][0]);
-		print_string(out, names[i][1]);
-	}
-	buf_printf(out,
-		   ",\"protocol\":\"%s\",\"family\":\"IPv%d\",\"scope\":\"%s\",\"frontends\":[",
-		   proto_name(e->proto), e->v4 ? 4 : 6, scope_names[e->scope]);
-	for (int i = 0; i < e->n_frontends; i++) {
-		print_socket(out, i ? ",\"" : "\"", &e->frontends[i].addr, e->frontends[i].port);
-		buf_printf(out, "\"");
-	}
-	buf_printf(out, "],\"backends\":[");
-	for (int i = 0; i < e->n_backends; i++) {
-		const struct backend *b = &e->backends[i];
-
-		print_socket(out, i ? ",{\"address\":\"" : "{\"address\":\"", &b->addr, b->port);
-		buf_printf(out, "\",\"node\":");
-		print_string(out, b->node);
-		buf_printf(out, ",\"local\":%s}", b->local ? "true" : "false");
-	}
-	buf_printf(out, "]");
-	for (int i = 0; i < e->n_sources; i++)
-		buf_printf(out, "%s\"%s\"%s", i ? "," : ",\"sources\":[",
-			   cidr_text(&e->sources[i], text), i + 1 < e->n_sources ? "" : "]");
-	buf_printf(out, ",\"empty\":\"%s\",\"affinity_seconds\":%" PRIu32 "}",
-		   e->drop_if_empty ? "drop" : "reject", e->affinity);
-}
-
 /* Objects with commas between them, one a line; `first`: none were before. */
 static void print_entries_json(struct buf *out, const struct entry *e, int n, bool first)
 {
-	for (int i = 0; i < n; i++) {
-		buf_printf(out, first && !i ? "\n " : ",\n ");
-		print_entry_json(out, &e[i]);
+	char text[INET6_ADDRSTRLEN + 4];
+
+	for (; n--; e++, first = false) {
+		buf_printf(out, "%s\n {\"namespace\":", first ? "" : ",");
+		print_string(out, e->ns);
+		buf_printf(out, ",\"name\":");
+		print_string(out, e->name);
+		buf_printf(out, ",\"port\":");
+		print_string(out, e->port);
+		buf_printf(out, ",\"protocol\":\"%s\",\"family\":\"IPv%d\",\"scope\":\"%s\"",
+			   proto_name(e->proto), e->v4 ? 4 : 6, scope_names[e->scope]);
+		buf_printf(out, ",\"frontends\":[");
+		for (int i = 0; i < e->n_frontends; i++) {
+			const struct frontend *f = &e->frontends[i];
+
+			print_socket(out, i ? ",\"" : "\"", &f->addr, f->port);
+			buf_printf(out, "\"");
+		}
+		buf_printf(out, "],\"backends\":[");
+		for (int i = 0; i < e->n_backends; i++) {
+			const struct backend *b = &e->backends[i];
+
+			print_socket(out, i ? ",{\"address\":\"" : "{\"address\":\"", &b->addr,
+				     b->port);
+			buf_printf(out, "\",\"node\":");
+			print_string(out, b->node);
+			buf_printf(out, ",\"local\":%s}", b->local ? "true" : "false");
+		}
+		for (int i = 0; i < e->n_sources; i++)
+			buf_printf(out, "%s\"%s\"", i ? "," : "],\"sources\":[",
+				   cidr_text(&e->sources[i], text));
+		buf_printf(out, "],\"empty\":\"%s\",\"affinity_seconds\":%" PRIu32 "}",
+			   e->drop_if_empty ? "drop" : "reject", e->affinity);
 	}
 }
 
@@ -3346,7 +3320,7 @@ static void print_entries_text(struct buf *out, const struct entry *e, int n)
 static void print_dry_run(struct buf *out, struct model *m, bool json)
 {
 	const char *node = m->places.node, *zone = m->places.zone;
-	struct resolved r = { 0 };
+	static struct resolved r;
 	struct service **all;
 	bool first = true;
 	size_t n;
@@ -3371,7 +3345,6 @@ static void print_dry_run(struct buf *out, struct model *m, bool json)
 	}
 	buf_printf(out, json ? "]}\n" : "");
 	free(all);
-	resolved_free(&r);
 }
 /* === --from ================================================================
  * Objects from a file, read once from its beginning to its end, so that it may
@@ -3481,7 +3454,7 @@ static int from_head(struct from *f)
 	struct split again = { .shape = SPLIT_EVENTS };
 	struct json *j = &f->head;
 	const char *kind, *at = f->kindless.at;
-	size_t n;
+	size_t n = f->kindless.len;
 	int items, bad = 0;
 
 	json_take(j, &f->split);
@@ -3489,8 +3462,10 @@ static int from_head(struct from *f)
 	if (!kind && f->split.size > MAX_OBJECT)
 		j->flaw = "is longer than 2 MiB";
 	items = json_get(j, 0, "items");
-	if (!kind || items < 0 || f->list != f->split.n_lists)
+	if (!kind || items < 0 || f->list != f->split.n_lists) {
 		from_forget(f);
+		n = 0;
+	}
 	f->list = 0;
 	if (!kind)
 		return from_object(f, j, "");
@@ -3498,43 +3473,35 @@ static int from_head(struct from *f)
 		return fail("%sList: %s", kind, j->flaw ? j->flaw : "items must be an array");
 	if (f->flaw[0])
 		return fail("%s", f->flaw);
-	n = f->kindless.len;
 	while (n && !bad && split_feed(&again, &at, &n) == SPLIT_ITEM)
 		bad = json_take(&f->item, &again) || from_object(f, &f->item, kind);
 	split_free(&again);
 	return -bad;
 }
 
-static int from_bytes(struct from *f, const char *at, size_t n)
-{
-	enum split_got got;
-	int bad = 0;
-
-	while (!bad && (got = split_feed(&f->split, &at, &n)) != SPLIT_MORE) {
-		f->n_seen++;
-		if (got == SPLIT_ITEM) {
-			from_item(f);
-		} else {
-			bad = got == SPLIT_BAD ? -1 : from_head(f);
-			f->kindless.len = 0;
-			f->before = f->got.len;
-		}
-	}
-	return bad;
-}
-
 static int from_stream(struct from *f, FILE *in)
 {
 	char bytes[16384];
+	enum split_got got;
 	bool first = true;
 	size_t n;
 
-	while ((n = fread(bytes, 1, sizeof(bytes), in)) > 0) {
+	for (; (n = fread(bytes, 1, sizeof(bytes), in)) > 0; first = false) {
 		size_t mark = first && n >= 3 && !memcmp(bytes, "\xef\xbb\xbf", 3) ? 3 : 0;
+		const char *at = bytes + mark;
 
-		first = false;
-		if (from_bytes(f, bytes + mark, n - mark))
-			return -1;
+		n -= mark;
+		while ((got = split_feed(&f->split, &at, &n)) != SPLIT_MORE) {
+			f->n_seen++;
+			if (got == SPLIT_ITEM) {
+				from_item(f);
+				continue;
+			}
+			if (got == SPLIT_BAD || from_head(f))
+				return -1;
+			f->kindless.len = 0;
+			f->before = f->got.len;
+		}
 	}
 	if (ferror(in))
 		return fail("%s", strerror(errno));

@@ -385,7 +385,7 @@ static int put_text(struct model *m, enum kind k, const char *text, bool delete)
 /* What the maps stage would hold: each service's entries, kept by its pointer. */
 static int drain(struct model *m)
 {
-	struct resolved r = { 0 };
+	static struct resolved r;
 	struct service *s;
 	int n = 0;
 
@@ -405,7 +405,6 @@ static int drain(struct model *m)
 			model_forget(m, s);
 		}
 	}
-	resolved_free(&r);
 	return n;
 }
 
