@@ -1576,16 +1576,25 @@ static int json_take(struct json *j, const struct split *s)
 	return j->flaw ? fail("%s", j->flaw) : 0;
 }
 /* === objects (JSON into plain C) ==========================================
- * A Service, EndpointSlice or Node becomes one compact block, or is refused
- * with a line that names it and the field. Nothing of the text stays. */
-enum kind { SERVICES, SLICES, NODES, N_KINDS };
+ * A Service, EndpointSlice, Node or ServiceCIDR becomes one compact block, or is
+ * refused with a line that names it and the field. Nothing of the text stays. */
+enum kind {
+	SERVICES,
+	SLICES,
+	NODES,
+	N_KINDS, /* an API server is asked for those before; what follows comes by --from alone */
+	SERVICE_CIDRS = N_KINDS,
+	N_READ,
+};
 
 static const struct {
 	const char *name, *api;
-} kinds[N_KINDS] = {
-	[SERVICES] = { "Service", "v1" },
-	[SLICES] = { "EndpointSlice", "discovery.k8s.io/v1" },
-	[NODES] = { "Node", "v1" },
+	bool namespaced;
+} kinds[N_READ] = {
+	[SERVICES] = { "Service", "v1", true },
+	[SLICES] = { "EndpointSlice", "discovery.k8s.io/v1", true },
+	[NODES] = { "Node", "v1", false },
+	[SERVICE_CIDRS] = { "ServiceCIDR", "networking.k8s.io/v1", false },
 };
 
 static const char *proto_name(uint8_t proto)
@@ -1667,7 +1676,7 @@ struct object {
 	uint32_t internal_local : 1, external_local : 1, v4 : 1, n_cluster : 2, affinity : 25;
 	uint32_t created; /* seconds since 1970; 0: not known, the oldest */
 	uint32_t n_external, n_lb, n_cidrs, n_ports, n_endpoints;
-	/* cluster, external, lb; then sources; ports; texts: "NAMESPACE\0NAME\0", a slice's
+	/* cluster, external, lb; then sources, or a ServiceCIDR's ranges; ports; texts: "NAMESPACE\0NAME\0", a slice's
 	 * service or a Node's zone, a slice's endpoints, names of ports */
 	struct in6_addr at[];
 };
@@ -1872,7 +1881,7 @@ struct reader {
 __attribute__((format(printf, 4, 5))) static void flaw(struct reader *r, int at, const char *key,
 						       const char *fmt, ...)
 {
-	const char *ns = r->texts.at, *slash = r->o.kind == NODES ? "" : "/";
+	const char *ns = r->texts.at, *slash = kinds[r->o.kind].namespaced ? "/" : "";
 	struct buf b = { 0 };
 	char text[160];
 	va_list ap;
@@ -2034,13 +2043,13 @@ static uint32_t read_timestamp(const char *s)
 /* Who it is, to the texts. */
 static void read_identity(struct reader *r)
 {
-	bool node = r->o.kind == NODES;
+	bool namespaced = kinds[r->o.kind].namespaced;
 
 	if (!json_is(r->j, r->root, JSMN_OBJECT))
 		flaw(r, -1, "it", "must be an object");
 	r->meta = read_member(r, r->root, "metadata", JSMN_OBJECT);
-	read_name(r, node ? -1 : json_get(r->j, r->meta, "namespace"), MAX_NAME);
-	if (!r->text.len && !node)
+	read_name(r, namespaced ? json_get(r->j, r->meta, "namespace") : -1, MAX_NAME);
+	if (!r->text.len && namespaced)
 		buf_add(&r->text, "default", 7);
 	keep_text(r);
 	read_name(r, json_get(r->j, r->meta, "name"), MAX_NAME);
@@ -2057,7 +2066,7 @@ static void read_labels(struct reader *r)
 
 	for (int i = json_first(r->j, at); i >= 0; i = json_next(r->j, at, i))
 		read_typed(r, i + 1, JSMN_STRING);
-	r->o.blank = r->o.kind != NODES &&
+	r->o.blank = kinds[r->o.kind].namespaced &&
 		(json_get(r->j, at, "service.kubernetes.io/service-proxy-name") >= 0 ||
 		 json_get(r->j, at, "service.kubernetes.io/headless") >= 0);
 	r->labels = at;
@@ -2300,6 +2309,8 @@ static struct object *object_read(const struct filter *f, enum kind k, const str
 		read_name(&r, json_get(j, r.labels, "topology.kubernetes.io/zone"), 0);
 		keep_text(&r);
 	}
+	if (k == SERVICE_CIDRS)
+		read_cidrs(&r, read_member(&r, at, "spec", JSMN_OBJECT), "cidrs");
 	if (r.bad || r.o.blank)
 		reader_blank(&r);
 	buf_add(&r.fixed, r.texts.at, r.texts.len);
@@ -2349,13 +2360,14 @@ struct model { /* all zero, then model_init */
 		const char *node, *zone;
 	} places; /* ours; "": not known */
 	struct table objects, services, claims;
-	size_t n_of[N_KINDS]; /* objects that are not blank */
+	size_t n_of[N_READ]; /* objects that are not blank */
 	size_t n_bad;	      /* the others */
 	struct service *dirty;
-	bool synced[N_KINDS];
-	uint16_t round[N_KINDS]; /* lists that were begun */
-	bool unnamed[N_KINDS];	 /* the last one had a bad object whose name is not known */
+	bool synced[N_READ];
+	uint16_t round[N_READ]; /* lists that were begun */
+	bool unnamed[N_READ];	 /* the last one had a bad object whose name is not known */
 	bool repeated;		 /* the last bad object was as bad before: say it once */
+	bool ranges_changed;	 /* since model_ranges gave them out */
 	size_t n_without, said_without; /* services that found the VIP range full */
 };
 
@@ -2366,6 +2378,7 @@ static int model_init(struct model *m, const struct options *o)
 	m->filter = (struct filter){ o->selector, o->namespaces, o->n_namespaces };
 	m->places.node = o->node ? o->node : "";
 	m->places.zone = "";
+	m->ranges_changed = true;
 	return selector_match(o->selector, NULL, -1) < 0 ? -1 : 0;
 }
 
@@ -2729,6 +2742,7 @@ static void model_replace(struct model *m, struct object *old, struct object *ne
 		slice_change(m, was, is);
 	if (k == NODES)
 		zone_change(m, is ? object_more(is) : "");
+	m->ranges_changed |= any && k == SERVICE_CIDRS;
 	m->n_of[k] += !!is - !!was;
 	m->n_bad += (new && !is) - (old && !was);
 	if (old)
@@ -2871,6 +2885,28 @@ static void model_settle(struct model *m)
 		note("--vip-range %s is full: the %zu youngest services have no address in it",
 		     cidr_text(&m->opt->vip_range, text), m->n_without);
 	m->said_without = m->n_without;
+}
+
+/* The ranges that are ours whatever stands in them (rule 16): struct cidr, to be
+ * freed. Where services are left out, a ServiceCIDR may hold some that others serve. */
+static struct buf model_ranges(struct model *m)
+{
+	const char *selector = m->filter.selector ? m->filter.selector : "";
+	bool all = !m->filter.n_namespaces && !selector[strspn(selector, SELECTOR_SPACE)];
+	struct buf out = { 0 };
+
+	if (m->opt->has_vip_range)
+		buf_add(&out, &m->opt->vip_range, sizeof(struct cidr));
+	for (int i = 0; i < m->opt->n_maps; i++)
+		buf_add(&out, &m->opt->maps[i].from, sizeof(struct cidr));
+	TABLE_EACH (&m->objects, l) {
+		const struct object *o = (struct object *)l;
+
+		if (o->kind == SERVICE_CIDRS && all)
+			buf_add(&out, object_cidrs(o), o->n_cidrs * sizeof(struct cidr));
+	}
+	m->ranges_changed = false;
+	return out;
 }
 
 /* The next service whose entries may differ from what they were, each once;
@@ -3391,12 +3427,12 @@ static int from_object(struct from *f, const struct json *j, const char *kind)
 		return fail("object %zu: kind must be given, as a string", f->n_seen);
 	if (api >= 0 && !json_is(j, api, JSMN_STRING))
 		return fail("object %zu: apiVersion must be a string", f->n_seen);
-	for (k = 0; k < N_KINDS; k++)
+	for (k = 0; k < N_READ; k++)
 		if ((own < 0 ? !strcmp(kind, kinds[k].name) : json_eq(j, own, kinds[k].name)) &&
 		    (api >= 0 ? json_eq(j, api, kinds[k].api) :
 				*kind && (of < 0 || json_eq(&f->head, of, kinds[k].api))))
 			break;
-	if (k == N_KINDS)
+	if (k == N_READ)
 		return j->flaw ? fail("object %zu %s", f->n_seen, j->flaw) : 0;
 	o = object_read(&f->m->filter, k, j, 0);
 	buf_add(&f->got, &o, sizeof(o));
@@ -3520,10 +3556,10 @@ static int from_read(struct model *m, const char *file)
 
 	if (in && in != stdin)
 		fclose(in);
-	for (enum kind k = 0; k < N_KINDS && !got; k++)
+	for (enum kind k = 0; k < N_READ && !got; k++)
 		model_mark(m, k);
 	from_give(&f, 0, !got);
-	for (enum kind k = 0; k < N_KINDS && !got; k++)
+	for (enum kind k = 0; k < N_READ && !got; k++)
 		model_sweep(m, k);
 	free(f.head.tok);
 	free(f.item.tok);
@@ -3578,6 +3614,7 @@ static struct maps {
 	int svc, set, text, net, ct, aff, frag, stat, agent;
 	struct table shared;
 	struct buf dying; /* elements of set_map and text_map that nothing points at any more */
+	struct buf ranges; /* elements of net_map that are no service's; sorted */
 	int64_t reap_at;  /* when they go; INT64_MAX: there are none */
 	struct buf udp;	  /* uint64_t: what maps_flush_udp may keep, see udp_mark */
 	bool udp_changed;
@@ -3899,6 +3936,32 @@ static void maps_put(struct maps *m, void **memory, const char *ns, const char *
 		free(new);
 }
 
+/* Brings net_map to these ranges (rule 16), under scope 0. */
+static void maps_put_ranges(struct maps *m, const struct cidr *range, size_t n)
+{
+	struct buf new = { 0 };
+	uint32_t one = 1;
+
+	for (; n--; range++) {
+		struct element e = { .map = IN_NET, .net.prefixlen = 64 + range->bits };
+
+		memcpy(&e.net.addr, &range->addr, sizeof(e.net.addr));
+		if (bpf_map_update_elem(m->net, e.bytes, &one, BPF_ANY))
+			warn("net_map did not take a range of services: %s", strerror(errno));
+		buf_add(&new, &e, sizeof(e));
+	}
+	n = new.len ? elements_sort((struct element *)new.at, new.len / sizeof(struct element)) : 0;
+	new.len = n * sizeof(struct element);
+	for (size_t i = 0; i < m->ranges.len; i += sizeof(struct element)) {
+		const struct element *old = (struct element *)(m->ranges.at + i);
+
+		if (!element_in(old, (struct element *)new.at, n))
+			bpf_map_delete_elem(m->net, old->bytes);
+	}
+	buf_free(&m->ranges);
+	m->ranges = new;
+}
+
 /* Deletes the elements nothing has pointed at for a while. */
 static void maps_reap(struct maps *m)
 {
@@ -4001,22 +4064,6 @@ static void map_sweep(struct maps *m, enum element_map map, const struct element
 	}
 }
 
-/* Ranges that are ours whatever stands in them (rule 16): an address of theirs that no
- * service has is dropped. */
-static void write_ranges(struct maps *m, struct buf *known)
-{
-	uint32_t one = 1;
-
-	for (int i = opt.has_vip_range ? -1 : 0; i < opt.n_maps; i++) {
-		const struct cidr *range = i < 0 ? &opt.vip_range : &opt.maps[i].from;
-		struct element e = { .map = IN_NET, .net.prefixlen = 64 + range->bits };
-
-		memcpy(&e.net.addr, &range->addr, sizeof(e.net.addr));
-		bpf_map_update_elem(m->net, e.bytes, &one, BPF_ANY);
-		buf_add(known, &e, sizeof(e));
-	}
-}
-
 /* Once, after everything was written for the first time. */
 static void maps_adopt(struct maps *m, struct table *services)
 {
@@ -4031,7 +4078,8 @@ static void maps_adopt(struct maps *m, struct table *services)
 	}
 	TABLE_EACH(&m->shared, l)
 		buf_add(&known, &((struct shared *)l)->element, sizeof(struct element));
-	write_ranges(m, &known);
+	if (m->ranges.len)
+		buf_add(&known, m->ranges.at, m->ranges.len);
 	n = known.len ? elements_sort((struct element *)known.at, known.len / sizeof(struct element)) : 0;
 	map_sweep(m, IN_SVC, (struct element *)known.at, n);
 	map_sweep(m, IN_NET, (struct element *)known.at, n);
@@ -4055,6 +4103,13 @@ static bool maps_sync(struct maps *m, struct model *model)
 		changed = true;
 		if (s->gone)
 			model_forget(model, s);
+	}
+	if (model->ranges_changed) {
+		struct buf ranges = model_ranges(model);
+
+		maps_put_ranges(m, (struct cidr *)ranges.at, ranges.len / sizeof(struct cidr));
+		buf_free(&ranges);
+		changed = true;
 	}
 	if (changed || !m->adopted)
 		maps_flush_udp(m);
