@@ -375,7 +375,7 @@ static struct options {
 	const char *kubeconfig; /* NULL: discover */
 	const char *from;	/* NULL: an API server; "-": stdin */
 	const char *node;	/* own node's name, never NULL once options are read */
-	const char *selector;	/* kubectl -l, NULL or "": all; checked by selector_parse */
+	const char *selector;	/* kubectl -l, NULL or "": all; checked by model_init */
 	const char **namespaces;
 	int n_namespaces; /* 0: all */
 	bool has_vip_range;
@@ -1577,16 +1577,25 @@ static int json_take(struct json *j, const struct split *s)
 	return j->flaw ? fail("%s", j->flaw) : 0;
 }
 /* === objects (JSON into plain C) ==========================================
- * A Service, EndpointSlice or Node becomes one compact block, or is refused
- * with a line that names it and the field. Nothing of the text stays. */
-enum kind { SERVICES, SLICES, NODES, N_KINDS };
+ * A Service, EndpointSlice, Node or ServiceCIDR becomes one compact block, or is
+ * refused with a line that names it and the field. Nothing of the text stays. */
+enum kind {
+	SERVICES,
+	SLICES,
+	NODES,
+	N_KINDS, /* an API server is asked for those before; what follows comes by --from alone */
+	SERVICE_CIDRS = N_KINDS,
+	N_READ,
+};
 
 static const struct {
 	const char *name, *api;
-} kinds[N_KINDS] = {
-	[SERVICES] = { "Service", "v1" },
-	[SLICES] = { "EndpointSlice", "discovery.k8s.io/v1" },
-	[NODES] = { "Node", "v1" },
+	bool namespaced;
+} kinds[N_READ] = {
+	[SERVICES] = { "Service", "v1", true },
+	[SLICES] = { "EndpointSlice", "discovery.k8s.io/v1", true },
+	[NODES] = { "Node", "v1", false },
+	[SERVICE_CIDRS] = { "ServiceCIDR", "networking.k8s.io/v1", false },
 };
 
 static const char *proto_name(uint8_t proto)
@@ -1621,7 +1630,7 @@ static struct link *table_next(const struct table *t, struct link *at, uint64_t 
 
 static void table_add(struct table *t, struct link *l, uint64_t hash)
 {
-	if (t->n == t->size) {
+	if (t->n == t->size * 2) { /* two a bucket: memory counts for more */
 		struct table big = { .size = t->size ? t->size * 2 : 16 };
 
 		big.bucket = mem(NULL, big.size * sizeof(*big.bucket));
@@ -1649,106 +1658,120 @@ static void table_remove(struct table *t, struct link *l)
 
 /* --- what is kept of an object -------------------------------------------- */
 struct port {
-	uint32_t name; /* where it begins in the texts of its block */
+	uint32_t name; /* where it begins in the texts */
 	uint16_t number;
-	uint8_t proto;
-	bool shadowed; /* of a service: another of its ports has this number and protocol */
+	uint8_t proto, zero;
 };
 
-/* Of a Service. One block: it is the same service if the bytes are. */
-struct spec {
-	int64_t created; /* seconds since 1970; 0: not known, the oldest */
-	uint32_t size, affinity;
-	uint32_t n_cluster, n_external, n_lb, n_sources, n_ports;
-	bool internal_local, external_local;
-	bool served, gap; /* --selector and --namespace take it */
-	struct in6_addr
-		at[]; /* cluster, external, lb; sources; ports by name and protocol; texts */
-};
-
-static struct cidr *spec_sources(struct spec *s)
-{
-	return (struct cidr *)(s->at + s->n_cluster + s->n_external + s->n_lb);
-}
-
-static struct port *spec_ports(struct spec *s)
-{
-	return (struct port *)(spec_sources(s) + s->n_sources);
-}
-
-static const char *spec_port_name(struct spec *s, const struct port *p)
-{
-	return (char *)(spec_ports(s) + s->n_ports) + p->name;
-}
-
-/* Of an EndpointSlice: a block too; the same slice if what follows `of` is. */
-struct slice {
-	struct link link;      /* these are the model's: by namespace and name; */
-	struct slice *sibling; /* the next of the same service; */
-	bool seen;	       /* since the mark; */
-	struct service *of;    /* whose */
-	uint32_t size, n_ports, n_endpoints, texts;
-	uint32_t name; /* where its own name begins in the texts */
-	bool v4, gap[3];
-	char at[]; /* ports by name and protocol; texts; endpoints */
-};
-
-/* An endpoint in a slice: a byte of conditions, 4 or 16 of address, then texts:
- * its node, hints ("zZONE" or "nNODE"), and an empty one. */
-enum { ENDPOINT_READY = 1, ENDPOINT_SERVING = 2, ENDPOINT_TERMINATING = 4 };
-
-static struct port *slice_ports(struct slice *s)
-{
-	return (struct port *)s->at;
-}
-
-/* A port's name, or the slice's own; behind them are the endpoints. */
-static const char *slice_text(struct slice *s, uint32_t at)
-{
-	return (char *)(slice_ports(s) + s->n_ports) + at;
-}
-
-/* What object_read leaves: who it is, and what is to be kept. */
+/* One block. Two of one size say the same if the bytes from `size` on do. */
 struct object {
-	enum kind kind;
-	bool ignored; /* by rule 1 and the like: as if it were not there */
-	char *ns, *name,
-		*more; /* one block; ns: "" of a Node; more: a slice's service, a Node's zone */
-	struct spec *spec;
-	struct slice *slice;
+	struct link link;	/* these are the model's: by kind, namespace and name; */
+	struct object *sibling; /* the next slice of the same service; */
+	uint32_t bad;		/* a hash of the line about its last news, 0: that was good; */
+	uint16_t round;		/* of lists: the last one it stood in */
+	uint8_t kind;
+	bool unnamed; /* its name is not known: the line about it stands for that */
+	uint32_t size;
+	uint32_t blank : 1; /* nothing but its name: bad, or ignored by rule 1 and the like */
+	uint32_t served : 1; /* --selector and --namespace take it */
+	uint32_t internal_local : 1, external_local : 1, v4 : 1, n_cluster : 2, affinity : 25;
+	uint32_t created; /* seconds since 1970; 0: not known, the oldest */
+	uint32_t n_external, n_lb, n_cidrs, n_ports, n_endpoints;
+	/* cluster, external, lb; then sources, or a ServiceCIDR's ranges; ports; texts: "NAMESPACE\0NAME\0", a slice's
+	 * service or a Node's zone, a slice's endpoints, names of ports */
+	struct in6_addr at[];
 };
 
-static void object_free(struct object *o)
+_Static_assert(sizeof(struct object) - offsetof(struct object, size) == 32, "no gaps");
+
+/* An endpoint in a slice: a byte of conditions, 4 or 16 of address, then texts: its
+ * node; with ENDPOINT_HINTS those ("zZONE" or "nNODE"), and an empty one. Of two with
+ * the same address and port the one with the lesser conditions counts (rule 6). */
+enum {
+	ENDPOINT_NOT_SERVING = 1,
+	ENDPOINT_NOT_READY = 2,
+	ENDPOINT_TERMINATING = 4,
+	ENDPOINT_HINTS = 8,
+};
+
+static struct cidr *object_cidrs(const struct object *o)
 {
-	free(o->ns);
-	free(o->spec);
-	free(o->slice);
-	*o = (struct object){ 0 };
+	return (struct cidr *)(o->at + o->n_cluster + o->n_external + o->n_lb);
+}
+
+static struct port *object_ports(const struct object *o)
+{
+	return (struct port *)(object_cidrs(o) + o->n_cidrs);
+}
+
+/* A port's name; the first of its texts is the namespace. */
+static const char *object_text(const struct object *o, uint32_t at)
+{
+	return (const char *)(object_ports(o) + o->n_ports) + at;
+}
+
+static const char *text_after(const char *text)
+{
+	return text + strlen(text) + 1;
+}
+
+static const char *object_name(const struct object *o)
+{
+	return text_after(object_text(o, 0));
+}
+
+/* A slice's service, a Node's zone. */
+static const char *object_more(const struct object *o)
+{
+	return text_after(object_name(o));
+}
+
+/* The first port of this number, by name: the others are not to be reached. */
+static const struct port *object_port(const struct object *o, const struct port *like)
+{
+	for (const struct port *p = object_ports(o); p < object_ports(o) + o->n_ports; p++)
+		if (p->number == like->number && p->proto == like->proto)
+			return p;
+	return NULL;
+}
+
+/* The ClusterIP of a family, or NULL. */
+static const struct in6_addr *object_cluster_ip(const struct object *o, bool v4)
+{
+	for (uint32_t i = 0; i < o->n_cluster; i++)
+		if (addr_is_v4(&o->at[i]) == v4)
+			return &o->at[i];
+	return NULL;
+}
+
+static int addr_order(const void *a, const void *b)
+{
+	return memcmp(a, b, sizeof(struct in6_addr));
+}
+
+static int cidr_order(const void *a, const void *b)
+{
+	int c = addr_order(a, b);
+
+	return c ? c : ((const struct cidr *)a)->bits - ((const struct cidr *)b)->bits;
 }
 
 /* --- label selectors, as kubectl -l ---------------------------------------- */
-struct requirement {		  /* points into the text, which must stay */
-	const char *key, *values; /* values: NULL, or the first */
-	size_t key_len;
-	bool not, set; /* !key, !=, notin; in, notin */
-};
-
-/* Which services are served: --selector and --namespace. */
-struct filter {
-	struct requirement *at;
-	int n;
+struct filter { /* which services are served */
+	const char *selector;
 	const char **namespaces;
 	int n_namespaces; /* 0: all */
 };
 
+#define SELECTOR_SPACE " \t\r\n"
+
 /* The word at *s, moving *s behind it and the white space around. */
 static const char *selector_word(const char **s, size_t *n)
 {
-	static const char space[] = " \t\r\n";
-	const char *word = *s + strspn(*s, space);
+	const char *word = *s + strspn(*s, SELECTOR_SPACE);
 
-	*n = strcspn(word, " \t\r\n=!(),<>");
-	*s = word + *n + strspn(word + *n, space);
+	*n = strcspn(word, SELECTOR_SPACE "=!(),<>");
+	*s = word + *n + strspn(word + *n, SELECTOR_SPACE);
 	return word;
 }
 
@@ -1773,93 +1796,73 @@ static bool label_valid(const char *s, size_t n, bool key)
 	return n <= 63 && (n || !key);
 }
 
-/* One requirement; NULL, or the text behind it. */
-static const char *selector_requirement(struct requirement *r, const char *s)
+/* Whether the labels meet the requirement at *s, which moves behind it; NULL: it
+ * is not understood. */
+static bool selector_requirement(const char **s, const struct json *j, int labels)
 {
+	bool not, set = false, hit;
 	const char *word;
 	size_t n;
+	int value;
 
-	s += strspn(s, " \t\r\n");
-	r->not = *s == '!';
-	s += r->not ;
-	r->key = selector_word(&s, &r->key_len);
-	if (!label_valid(r->key, r->key_len, true))
-		return NULL;
-	if (r->not || !*s || *s == ',')
-		return s;
-	word = selector_word(&s, &n);
-	r->set = n != 0;
-	if (r->set) {
-		r->not = n == 5 && !memcmp(word, "notin", 5);
-		if ((!r->not &&(n != 2 || memcmp(word, "in", 2))) || *s != '(')
-			return NULL;
+	*s += strspn(*s, SELECTOR_SPACE);
+	not = **s == '!';
+	*s += not ;
+	word = selector_word(s, &n);
+	value = json_find(j, labels, word, n);
+	hit = value >= 0;
+	if (!label_valid(word, n, true))
+		goto bad;
+	if (not || !**s || **s == ',')
+		return hit != not ;
+	word = selector_word(s, &n);
+	if (n) {
+		set = true;
+		not = n == 5 && !memcmp(word, "notin", 5);
+		if ((!not &&(n != 2 || memcmp(word, "in", 2))) || **s != '(')
+			goto bad;
 	} else {
-		r->not = *s == '!';
-		s += r->not ;
-		if (*s != '=')
-			return NULL;
-		s += !r->not &&s[1] == '=';
+		not = **s == '!';
+		*s += not ;
+		if (**s != '=')
+			goto bad;
+		*s += !not &&(*s)[1] == '=';
 	}
-	r->values = ++s;
+	hit = false;
 	do {
-		word = selector_word(&s, &n);
+		++*s;
+		word = selector_word(s, &n);
+		hit |= value >= 0 && json_eq_n(j, value, word, n);
 		if (!label_valid(word, n, false))
-			return NULL;
-	} while (r->set && *s == ',' && s++);
-	if (r->set && *s++ != ')')
-		return NULL;
-	return s + strspn(s, " \t\r\n");
+			goto bad;
+	} while (set && **s == ',');
+	if (!set)
+		return hit != not ;
+	if (**s == ')') {
+		*s += 1 + strspn(*s + 1, SELECTOR_SPACE);
+		return hit != not ;
+	}
+bad:
+	*s = NULL;
+	return false;
 }
 
-/* 0, or -1 with why. */
-static int selector_parse(const char *text, struct filter *out)
+/* Whether the labels meet it all; -1, with why: it is not understood. */
+static int selector_match(const char *text, const struct json *j, int labels)
 {
 	const char *s = text ? text : "";
+	bool all = true;
 
-	out->n = 0;
-	if (!s[strspn(s, " \t\r\n")])
-		return 0;
+	if (!s[strspn(s, SELECTOR_SPACE)])
+		return true;
 	for (;; s++) {
-		struct requirement r = { 0 };
-
-		s = selector_requirement(&r, s);
+		all &= selector_requirement(&s, j, labels);
 		if (!s || (*s && *s != ','))
 			return fail("selector \"%s\" is not understood; write it as for kubectl -l",
 				    text);
-		out->at = mem(out->at, (out->n + 1) * sizeof(r));
-		out->at[out->n++] = r;
 		if (!*s)
-			return 0;
+			return all;
 	}
-}
-
-static bool selector_match(const struct filter *f, const struct json *j, int labels)
-{
-	for (int i = 0; i < f->n; i++) {
-		const struct requirement *r = &f->at[i];
-		int value = json_find(j, labels, r->key, r->key_len);
-		const char *s = r->values, *word;
-		bool hit = value >= 0 && !s;
-		size_t n;
-
-		while (value >= 0 && s && !hit) {
-			word = selector_word(&s, &n);
-			hit = json_eq_n(j, value, word, n);
-			s = r->set && *s == ',' ? s + 1 : NULL;
-		}
-		if (hit == r->not )
-			return false;
-	}
-	return true;
-}
-
-static bool filter_match(const struct filter *f, const char *ns, const struct json *j, int labels)
-{
-	bool in = !f->n_namespaces;
-
-	for (int i = 0; i < f->n_namespaces; i++)
-		in |= !strcmp(f->namespaces[i], ns);
-	return in && selector_match(f, j, labels);
 }
 
 /* --- reading ---------------------------------------------------------------
@@ -1867,17 +1870,19 @@ static bool filter_match(const struct filter *f, const char *ns, const struct js
  * Every value is a token; -1 is none, as null is. */
 struct reader {
 	const struct json *j;
-	int root;
-	struct object *o;
-	struct buf names; /* "NAMESPACE\0NAME\0" as far as known, then `more` */
-	size_t name;	  /* where NAME begins, 0: not known */
-	struct buf text;  /* the string read last */
+	const struct filter *filter;
+	int root, meta, labels;	 /* tokens */
+	struct object o;	 /* as far as known; */
+	struct buf fixed, texts; /* and what will stand behind it */
+	size_t n_names;		 /* bytes of "NAMESPACE\0NAME\0", 0: not known */
+	struct buf text;	 /* the string read last */
 	bool bad;
 };
 
 __attribute__((format(printf, 4, 5))) static void flaw(struct reader *r, int at, const char *key,
 						       const char *fmt, ...)
 {
+	const char *ns = r->texts.at, *slash = kinds[r->o.kind].namespaced ? "/" : "";
 	struct buf b = { 0 };
 	char text[160];
 	va_list ap;
@@ -1888,10 +1893,9 @@ __attribute__((format(printf, 4, 5))) static void flaw(struct reader *r, int at,
 	va_start(ap, fmt);
 	vsnprintf(text, sizeof(text), fmt, ap);
 	va_end(ap);
-	buf_printf(&b, "%s", kinds[r->o->kind].name);
-	if (r->name)
-		buf_printf(&b, " %s%s%.*s", r->names.at, r->name > 1 ? "/" : "", 400,
-			   r->names.at + r->name);
+	buf_printf(&b, "%s", kinds[r->o.kind].name);
+	if (r->n_names)
+		buf_printf(&b, " %s%s%.400s", ns, slash, text_after(ns));
 	buf_add(&b, ": ", 2);
 	json_path(r->j, r->root, at, &b);
 	fail("%s%s%s %s", b.at, *key && b.at[b.len - 1] != ' ' ? "." : "", key, text);
@@ -1916,6 +1920,13 @@ static int read_member(struct reader *r, int at, const char *key, jsmntype_t typ
 	return read_typed(r, json_get(r->j, at, key), type);
 }
 
+/* Each element of an array that is of this type; null is none. */
+#define READ_EACH(r, i, parent, key, type)                                                      \
+	for (int i##_in = read_member(r, parent, key, JSMN_ARRAY),                              \
+		 i = json_first((r)->j, i##_in);                                                \
+	     i >= 0; i = json_next((r)->j, i##_in, i))                                          \
+		if (read_typed(r, i, type) >= 0)
+
 /* A string decoded into r->text, empty if there is none. */
 static int read_string(struct reader *r, int at)
 {
@@ -1930,8 +1941,7 @@ static int read_string(struct reader *r, int at)
 /* Whether a string member is this word. */
 static bool read_is(struct reader *r, int at, const char *key, const char *word)
 {
-	at = json_get(r->j, at, key);
-	read_string(r, at);
+	at = read_string(r, json_get(r->j, at, key));
 	return json_eq(r->j, at, word);
 }
 
@@ -1953,12 +1963,20 @@ static int read_name(struct reader *r, int at, size_t most)
 	return at;
 }
 
-static bool read_bool(struct reader *r, int at, const char *key, bool absent)
+/* What was read last is kept. */
+static void keep_text(struct reader *r)
+{
+	buf_add(&r->texts, r->text.at, r->text.len + 1);
+}
+
+/* A condition: `flag` if it is as `value`, which is not its default. */
+static uint8_t read_condition(struct reader *r, int at, const char *key, const char *value,
+			      uint8_t flag)
 {
 	at = json_get(r->j, at, key);
 	if (at >= 0 && !json_is_word(r->j, at, "true") && !json_is_word(r->j, at, "false"))
 		flaw(r, at, "", "must be true or false");
-	return at < 0 ? absent : json_is_word(r->j, at, "true");
+	return json_is_word(r->j, at, value) ? flag : 0;
 }
 
 /* A number, 0 if absent. */
@@ -1983,69 +2001,76 @@ static bool read_address(struct reader *r, int at, struct in6_addr *a)
 	return false;
 }
 
+/* The same, to keep. */
+static bool keep_address(struct reader *r, int at)
+{
+	struct in6_addr a;
+
+	if (!read_address(r, at, &a))
+		return false;
+	buf_add(&r->fixed, &a, sizeof(a));
+	return true;
+}
+
 static uint8_t read_protocol(struct reader *r, int at)
 {
+	static const uint8_t protos[] = { IPPROTO_TCP, IPPROTO_UDP, IPPROTO_SCTP };
+
 	at = read_string(r, json_get(r->j, at, "protocol"));
-	if (at < 0 || json_eq(r->j, at, "TCP"))
-		return IPPROTO_TCP;
-	if (json_eq(r->j, at, "UDP"))
-		return IPPROTO_UDP;
-	if (!json_eq(r->j, at, "SCTP"))
-		flaw(r, at, "", "must be TCP, UDP or SCTP, not %.40s", r->text.at);
-	return IPPROTO_SCTP;
+	for (size_t i = 0; i < ARRAY_SIZE(protos); i++)
+		if (at < 0 || json_eq(r->j, at, proto_name(protos[i])))
+			return protos[i];
+	flaw(r, at, "", "must be TCP, UDP or SCTP, not %.40s", r->text.at);
+	return 0;
 }
 
 /* RFC 3339 as seconds; 0 if it is not. */
-static int64_t read_timestamp(const char *s)
+static uint32_t read_timestamp(const char *s)
 {
+	int hours = 0, minutes = 0;
 	struct tm t = { 0 };
-	int n = 0, hours = 0, minutes = 0;
 	char sign[2] = "";
+	int64_t v;
 
-	if (sscanf(s, "%4d-%2d-%2dT%2d:%2d:%2d%n", &t.tm_year, &t.tm_mon, &t.tm_mday, &t.tm_hour,
-		   &t.tm_min, &t.tm_sec, &n) != 6)
+	s = strptime(s, "%Y-%m-%dT%H:%M:%S", &t);
+	if (s && *s == '.')
+		s += strspn(s, ".0123456789");
+	if (!s || (strcmp(s, "Z") && sscanf(s, "%1[+-]%2d:%2d", sign, &hours, &minutes) != 3))
 		return 0;
-	s += n;
-	s += *s == '.' ? strspn(s, ".0123456789") : 0;
-	if (strcmp(s, "Z") && sscanf(s, "%1[+-]%2d:%2d", sign, &hours, &minutes) != 3)
-		return 0;
-	t.tm_year -= 1900;
-	t.tm_mon--;
-	return (int64_t)timegm(&t) - (*sign == '-' ? -60 : 60) * (hours * 60 + minutes);
+	v = (int64_t)timegm(&t) - (*sign == '-' ? -60 : 60) * (hours * 60 + minutes);
+	return v < 0 ? 0 : v < UINT32_MAX ? v : UINT32_MAX;
 }
 
-/* Who it is, into r->names. The token of metadata. */
-static int read_identity(struct reader *r)
+/* Who it is, to the texts. */
+static void read_identity(struct reader *r)
 {
-	bool node = r->o->kind == NODES;
-	int meta;
+	bool namespaced = kinds[r->o.kind].namespaced;
 
 	if (!json_is(r->j, r->root, JSMN_OBJECT))
 		flaw(r, -1, "it", "must be an object");
-	meta = read_member(r, r->root, "metadata", JSMN_OBJECT);
-	read_name(r, node ? -1 : json_get(r->j, meta, "namespace"), MAX_NAME);
-	buf_printf(&r->names, "%s", r->text.len || node ? r->text.at : "default");
-	buf_add(&r->names, "", 1);
-	read_name(r, json_get(r->j, meta, "name"), MAX_NAME);
+	r->meta = read_member(r, r->root, "metadata", JSMN_OBJECT);
+	read_name(r, namespaced ? json_get(r->j, r->meta, "namespace") : -1, MAX_NAME);
+	if (!r->text.len && namespaced)
+		buf_add(&r->text, "default", 7);
+	keep_text(r);
+	read_name(r, json_get(r->j, r->meta, "name"), MAX_NAME);
 	if (!r->text.len)
-		flaw(r, meta, meta < 0 ? "metadata.name" : "name", "is missing");
-	if (!r->bad) {
-		r->name = r->names.len;
-		buf_add(&r->names, r->text.at, r->text.len + 1);
-	}
-	return meta;
+		flaw(r, r->meta, r->meta < 0 ? "metadata.name" : "name", "is missing");
+	keep_text(r);
+	if (!r->bad)
+		r->n_names = r->texts.len;
 }
 
-static int read_labels(struct reader *r, int meta)
+static void read_labels(struct reader *r)
 {
-	int at = read_member(r, meta, "labels", JSMN_OBJECT);
+	int at = read_member(r, r->meta, "labels", JSMN_OBJECT);
 
 	for (int i = json_first(r->j, at); i >= 0; i = json_next(r->j, at, i))
 		read_typed(r, i + 1, JSMN_STRING);
-	r->o->ignored = r->o->kind != NODES &&
+	r->o.blank = kinds[r->o.kind].namespaced &&
 		(json_get(r->j, at, "service.kubernetes.io/service-proxy-name") >= 0 ||
 		 json_get(r->j, at, "service.kubernetes.io/headless") >= 0);
-	return at;
+	r->labels = at;
 }
 
 static int port_by_name(const void *a, const void *b, void *texts)
@@ -2057,96 +2082,62 @@ static int port_by_name(const void *a, const void *b, void *texts)
 	return c ? c : p->name < q->name ? -1 : p->name > q->name; /* as they came */
 }
 
-static int port_by_number(const void *a, const void *b)
+/* The ports of a service, sorted; of one name and protocol the last counts. Or of
+ * a slice: those without name or number are left out. */
+static void read_ports(struct reader *r, int parent)
 {
-	const struct port *p = *(struct port *const *)a, *q = *(struct port *const *)b;
-
-	if (p->proto != q->proto)
-		return p->proto - q->proto;
-	return p->number != q->number ? p->number - q->number : p < q ? -1 : p > q;
-}
-
-/* Of ports with the same number and protocol, all but the first by name. */
-static void ports_shadow(struct port *p, uint32_t n)
-{
-	struct port **by = mem(NULL, n * sizeof(*by));
-
-	for (uint32_t i = 0; i < n; i++)
-		by[i] = p + i;
-	qsort(by, n, sizeof(*by), port_by_number);
-	for (uint32_t i = 1; i < n; i++)
-		by[i]->shadowed =
-			by[i]->number == by[i - 1]->number && by[i]->proto == by[i - 1]->proto;
-	free(by);
-}
-
-/* The ports of a service or slice, sorted, to `out`, their names to `texts`.
- * Returns how many. Of a service's ports of one name and protocol the last
- * counts; a slice's are left out if name or number is missing. */
-static uint32_t read_ports(struct reader *r, int parent, struct buf *out, struct buf *texts)
-{
-	bool slice = r->o->kind == SLICES;
-	int at = read_member(r, parent, "ports", JSMN_ARRAY);
-	size_t first = out->len;
+	bool slice = r->o.kind == SLICES;
+	size_t first = r->fixed.len;
 	uint32_t n, kept = 0;
 	struct port *p;
 
-	for (int i = json_first(r->j, at); i >= 0 && !r->bad; i = json_next(r->j, at, i)) {
-		struct port port = { .name = texts->len };
-		int named;
+	READ_EACH (r, i, parent, "ports", JSMN_OBJECT) {
+		struct port port = { .name = r->texts.len, .proto = read_protocol(r, i) };
+		bool named = read_name(r, json_get(r->j, i, "name"), MAX_PORTNAME) >= 0;
 
-		if (read_typed(r, i, JSMN_OBJECT) < 0)
-			continue;
-		port.proto = read_protocol(r, i);
 		port.number = read_number(r, i, "port", !slice, 65535);
-		named = read_name(r, json_get(r->j, i, "name"), MAX_PORTNAME);
 		if (!slice && !port.number)
 			flaw(r, i, "port", "is missing");
-		if (slice && (named < 0 || !port.number))
+		if (slice && (!named || !port.number))
 			continue;
-		buf_add(texts, r->text.at, r->text.len + 1);
-		buf_add(out, &port, sizeof(port));
+		keep_text(r);
+		buf_add(&r->fixed, &port, sizeof(port));
 	}
-	n = (out->len - first) / sizeof(*p);
-	if (!n)
-		return 0;
-	p = (struct port *)(out->at + first);
-	qsort_r(p, n, sizeof(*p), port_by_name, texts->at);
+	n = r->o.n_ports = (r->fixed.len - first) / sizeof(*p);
+	if (slice || !n)
+		return;
+	p = (struct port *)(r->fixed.at + first);
+	qsort_r(p, n, sizeof(*p), port_by_name, r->texts.at);
 	for (uint32_t i = 0; i < n; i++)
-		if (i + 1 == n || slice || p[i].proto != p[i + 1].proto ||
-		    strcmp(texts->at + p[i].name, texts->at + p[i + 1].name))
+		if (i + 1 == n || p[i].proto != p[i + 1].proto ||
+		    strcmp(r->texts.at + p[i].name, r->texts.at + p[i + 1].name))
 			p[kept++] = p[i];
-	out->len = first + kept * sizeof(*p);
-	if (!slice)
-		ports_shadow(p, kept);
-	return kept;
+	r->fixed.len = first + kept * sizeof(*p);
+	r->o.n_ports = kept;
 }
 
 /* clusterIPs[i] of ipFamilies[i], the first of a family; without families
  * clusterIP alone. */
-static void read_cluster_ips(struct reader *r, int spec, struct spec *s, struct buf *out)
+static void read_cluster_ips(struct reader *r, int spec)
 {
 	int families = read_member(r, spec, "ipFamilies", JSMN_ARRAY);
 	int ips = read_member(r, spec, "clusterIPs", JSMN_ARRAY);
 	int family = json_first(r->j, families), ip = json_first(r->j, ips);
-	bool have[2] = { false }, v4;
-	struct in6_addr a;
+	bool have[2] = { false };
 
-	if (read_address(r, json_get(r->j, spec, "clusterIP"), &a) && family < 0) {
-		buf_add(out, &a, sizeof(a));
-		s->n_cluster++;
-	}
+	if (keep_address(r, json_get(r->j, spec, "clusterIP")) && family < 0)
+		r->o.n_cluster = 1;
+	r->fixed.len = r->o.n_cluster * sizeof(struct in6_addr);
 	while (ip >= 0 || family >= 0) {
-		bool there = read_address(r, ip, &a);
+		struct in6_addr a;
+		bool there = read_address(r, ip, &a), v4;
 
 		read_string(r, family);
 		v4 = json_eq(r->j, family, "IPv4");
 		if (there && (v4 || json_eq(r->j, family, "IPv6"))) {
 			if (addr_is_v4(&a) != v4)
 				flaw(r, ip, "", "is not of its ipFamily");
-			if (!have[v4])
-				buf_add(out, &a, sizeof(a));
-			s->n_cluster += !have[v4];
+			r->o.n_cluster += !have[v4] && keep_address(r, ip);
 			have[v4] = true;
 		}
 		ip = ip < 0 ? -1 : json_next(r->j, ips, ip);
@@ -2155,180 +2146,152 @@ static void read_cluster_ips(struct reader *r, int spec, struct spec *s, struct 
 }
 
 /* externalIPs, then the load-balancer IPs that nodes are to serve. */
-static void read_external_ips(struct reader *r, int spec, struct spec *s, struct buf *out)
+static void read_external_ips(struct reader *r, int spec)
 {
-	int ips = read_member(r, spec, "externalIPs", JSMN_ARRAY);
-	int lb = read_member(r, read_member(r, r->root, "status", JSMN_OBJECT), "loadBalancer",
-			     JSMN_OBJECT);
-	struct in6_addr a;
+	int lb = read_member(r, r->root, "status", JSMN_OBJECT);
 
-	for (int i = json_first(r->j, ips); i >= 0; i = json_next(r->j, ips, i))
-		if (read_address(r, i, &a)) {
-			buf_add(out, &a, sizeof(a));
-			s->n_external++;
-		}
-	lb = read_member(r, lb, "ingress", JSMN_ARRAY);
-	for (int i = json_first(r->j, lb); i >= 0; i = json_next(r->j, lb, i)) {
-		int mode = json_get(r->j, read_typed(r, i, JSMN_OBJECT), "ipMode");
-
-		if ((mode < 0 || read_is(r, i, "ipMode", "VIP")) &&
-		    read_address(r, json_get(r->j, i, "ip"), &a)) {
-			buf_add(out, &a, sizeof(a));
-			s->n_lb++;
-		}
-	}
+	READ_EACH (r, i, spec, "externalIPs", JSMN_STRING)
+		r->o.n_external += keep_address(r, i);
+	lb = read_member(r, lb, "loadBalancer", JSMN_OBJECT);
+	READ_EACH (r, i, lb, "ingress", JSMN_OBJECT)
+		if (json_get(r->j, i, "ipMode") < 0 || read_is(r, i, "ipMode", "VIP"))
+			r->o.n_lb += keep_address(r, json_get(r->j, i, "ip"));
 }
 
-static void read_sources(struct reader *r, int spec, struct spec *s, struct buf *out)
+static void read_cidrs(struct reader *r, int spec, const char *key)
 {
 	static const char space[] = " \t\n\v\f\r";
-	int at = read_member(r, spec, "loadBalancerSourceRanges", JSMN_ARRAY);
 
-	for (int i = json_first(r->j, at); i >= 0; i = json_next(r->j, at, i)) {
+	READ_EACH (r, i, spec, key, JSMN_STRING) {
 		struct cidr c;
 		size_t from, len;
 
-		if (read_string(r, i) < 0)
-			continue;
-		memset(&c, 0, sizeof(c)); /* the gaps too */
+		read_string(r, i);
+		memset(&c, 0, sizeof(c)); /* the gaps too: it is compared as bytes */
 		from = strspn(r->text.at, space);
 		for (len = r->text.len; len > from && strchr(space, r->text.at[len - 1]); len--)
 			;
 		if (!cidr_parse(r->text.at + from, len - from, &c))
 			flaw(r, i, "", "is no CIDR: %.60s", r->text.at);
 		addr_mask(&c.addr, c.bits);
-		buf_add(out, &c, sizeof(c));
-		s->n_sources++;
+		buf_add(&r->fixed, &c, sizeof(c));
+		r->o.n_cidrs++;
 	}
 }
 
 static uint32_t read_affinity(struct reader *r, int spec)
 {
+	int at = read_member(r, spec, "sessionAffinityConfig", JSMN_OBJECT);
 	uint32_t seconds;
-	int at;
 
 	if (!read_is(r, spec, "sessionAffinity", "ClientIP"))
 		return 0;
-	at = read_member(r, spec, "sessionAffinityConfig", JSMN_OBJECT);
 	at = read_member(r, at, "clientIP", JSMN_OBJECT);
 	seconds = read_number(r, at, "timeoutSeconds", 1, 86400);
 	return seconds ? seconds : 10800;
 }
 
-/* A block: `head` bytes of its struct, then what is in `out` and `texts`. */
-static void *read_block(const void *head, size_t n, struct buf *out, struct buf *texts)
+/* --selector and --namespace. */
+static bool read_served(struct reader *r)
 {
-	char *block = mem(NULL, n + out->len + texts->len);
+	const struct filter *f = r->filter;
+	bool in = !f->n_namespaces;
 
-	memcpy(block, head, n);
-	if (out->len)
-		memcpy(block + n, out->at, out->len);
-	if (texts->len)
-		memcpy(block + n + out->len, texts->at, texts->len);
-	buf_free(out);
-	buf_free(texts);
-	return block;
+	for (int i = 0; i < f->n_namespaces; i++)
+		in |= !strcmp(f->namespaces[i], r->texts.at);
+	return in && selector_match(f->selector, r->j, r->labels) > 0;
 }
 
-static void read_service(struct reader *r, const struct filter *f, int meta, int labels)
+static void read_service(struct reader *r)
 {
 	int spec = read_member(r, r->root, "spec", JSMN_OBJECT);
-	struct spec s = { 0 };
-	struct buf out = { 0 }, texts = { 0 };
 
-	r->o->ignored |= read_is(r, spec, "type", "ExternalName");
-	r->o->ignored |= read_is(r, spec, "clusterIP", "None") || !r->text.len;
-	if (r->o->ignored || r->bad)
+	r->o.blank |= read_is(r, spec, "type", "ExternalName");
+	r->o.blank |= read_is(r, spec, "clusterIP", "None") || !r->text.len;
+	if (r->o.blank || r->bad)
 		return;
-	s.served = filter_match(f, r->names.at, r->j, labels);
-	read_string(r, json_get(r->j, meta, "creationTimestamp"));
-	s.created = read_timestamp(r->text.at);
-	read_cluster_ips(r, spec, &s, &out);
-	read_external_ips(r, spec, &s, &out);
-	read_sources(r, spec, &s, &out);
-	s.internal_local = read_is(r, spec, "internalTrafficPolicy", "Local");
-	s.external_local = read_is(r, spec, "externalTrafficPolicy", "Local");
-	s.affinity = read_affinity(r, spec);
-	s.n_ports = read_ports(r, spec, &out, &texts);
-	s.size = offsetof(struct spec, at) + out.len + texts.len;
-	r->o->spec = read_block(&s, offsetof(struct spec, at), &out, &texts);
+	r->o.served = read_served(r);
+	read_string(r, json_get(r->j, r->meta, "creationTimestamp"));
+	r->o.created = read_timestamp(r->text.at);
+	read_cluster_ips(r, spec);
+	read_external_ips(r, spec);
+	read_cidrs(r, spec, "loadBalancerSourceRanges");
+	r->o.internal_local = read_is(r, spec, "internalTrafficPolicy", "Local");
+	r->o.external_local = read_is(r, spec, "externalTrafficPolicy", "Local");
+	r->o.affinity = read_affinity(r, spec);
+	read_ports(r, spec);
 }
 
 /* The hints, each with its kind before it. */
-static void read_hints(struct reader *r, int hints, const char *key, char kind, struct buf *out)
+static void read_hints(struct reader *r, int hints, const char *key, char kind, size_t most)
 {
-	int at = read_member(r, hints, key, JSMN_ARRAY);
-
-	for (int i = json_first(r->j, at); i >= 0; i = json_next(r->j, at, i)) {
-		if (read_typed(r, i, JSMN_OBJECT) < 0)
-			continue;
-		read_name(r, json_get(r->j, i, "name"), kind == 'n' ? MAX_NAME : 0);
-		buf_add(out, &kind, 1);
-		buf_add(out, r->text.at, r->text.len + 1);
+	READ_EACH (r, i, hints, key, JSMN_OBJECT) {
+		read_name(r, json_get(r->j, i, "name"), most);
+		buf_add(&r->texts, &kind, 1);
+		keep_text(r);
 	}
 }
 
-/* An endpoint to `out`, unless it has no address of the slice's family. */
-static void read_endpoint(struct reader *r, int at, struct slice *s, struct buf *out)
+/* An endpoint, unless it has no address of the slice's family. */
+static void read_endpoint(struct reader *r, int at)
 {
 	int conditions = read_member(r, at, "conditions", JSMN_OBJECT);
 	int hints = read_member(r, at, "hints", JSMN_OBJECT);
 	int ips = read_member(r, at, "addresses", JSMN_ARRAY);
-	size_t before = out->len;
-	struct in6_addr a;
-	char flags = (read_bool(r, conditions, "ready", true) ? ENDPOINT_READY : 0) |
-		(read_bool(r, conditions, "serving", true) ? ENDPOINT_SERVING : 0) |
-		(read_bool(r, conditions, "terminating", false) ? ENDPOINT_TERMINATING : 0);
-	bool there = read_address(r, json_first(r->j, ips), &a) && addr_is_v4(&a) == s->v4;
+	size_t before = r->texts.len;
+	uint8_t flags = read_condition(r, conditions, "ready", "false", ENDPOINT_NOT_READY) |
+		read_condition(r, conditions, "serving", "false", ENDPOINT_NOT_SERVING) |
+		read_condition(r, conditions, "terminating", "true", ENDPOINT_TERMINATING) |
+		(hints < 0 ? 0 : ENDPOINT_HINTS);
+	struct in6_addr a = { 0 };
+	bool there = read_address(r, json_first(r->j, ips), &a) && addr_is_v4(&a) == r->o.v4;
 
-	buf_add(out, &flags, 1);
-	buf_add(out, a.s6_addr + (s->v4 ? 12 : 0), s->v4 ? 4 : 16);
+	buf_add(&r->texts, &flags, 1);
+	buf_add(&r->texts, a.s6_addr + (r->o.v4 ? 12 : 0), r->o.v4 ? 4 : 16);
 	read_name(r, json_get(r->j, at, "nodeName"), MAX_NAME);
-	buf_add(out, r->text.at, r->text.len + 1);
-	read_hints(r, hints, "forZones", 'z', out);
-	read_hints(r, hints, "forNodes", 'n', out);
-	buf_add(out, "", 1);
-	s->n_endpoints += there;
-	out->len = there ? out->len : before;
+	keep_text(r);
+	read_hints(r, hints, "forZones", 'z', 0);
+	read_hints(r, hints, "forNodes", 'n', MAX_NAME);
+	buf_add(&r->texts, "", hints >= 0);
+	r->o.n_endpoints += there;
+	r->texts.len = there ? r->texts.len : before;
 }
 
-static void read_slice(struct reader *r, int labels)
+static void read_slice(struct reader *r)
 {
-	struct slice s = { 0 };
-	struct buf out = { 0 }, texts = { 0 }, endpoints = { 0 };
-	int at;
-
-	read_name(r, json_get(r->j, labels, "kubernetes.io/service-name"), MAX_NAME);
-	buf_add(&r->names, r->text.at, r->text.len + 1);
-	r->o->ignored |= !r->text.len;
-	s.v4 = read_is(r, r->root, "addressType", "IPv4");
-	r->o->ignored |= !s.v4 && !read_is(r, r->root, "addressType", "IPv6");
-	if (r->o->ignored || r->bad)
+	read_name(r, json_get(r->j, r->labels, "kubernetes.io/service-name"), MAX_NAME);
+	keep_text(r);
+	r->o.blank |= !r->text.len;
+	r->o.v4 = read_is(r, r->root, "addressType", "IPv4");
+	r->o.blank |= !r->o.v4 && !read_is(r, r->root, "addressType", "IPv6");
+	if (r->o.blank || r->bad)
 		return;
-	s.n_ports = read_ports(r, r->root, &out, &texts);
-	at = read_member(r, r->root, "endpoints", JSMN_ARRAY);
-	for (int i = json_first(r->j, at); i >= 0 && !r->bad; i = json_next(r->j, at, i))
-		if (read_typed(r, i, JSMN_OBJECT) >= 0)
-			read_endpoint(r, i, &s, &endpoints);
-	s.name = texts.len;
-	buf_add(&texts, r->names.at + r->name, strlen(r->names.at + r->name) + 1);
-	s.texts = texts.len;
-	buf_add(&texts, endpoints.at ? endpoints.at : "", endpoints.len);
-	buf_free(&endpoints);
-	s.size = offsetof(struct slice, at) + out.len + texts.len;
-	r->o->slice = read_block(&s, offsetof(struct slice, at), &out, &texts);
+	READ_EACH (r, i, r->root, "endpoints", JSMN_OBJECT)
+		read_endpoint(r, i);
+	read_ports(r, r->root);
 }
 
-/* The object at a token. 0, or -1 with why; either way o->name is who it is,
- * NULL if that is not known, and object_free is due. */
-static int object_read(struct object *o, const struct filter *f, enum kind k, const struct json *j,
-		       int at)
+/* Nothing is to be kept but who it is, and what was wrong if it is bad. */
+static void reader_blank(struct reader *r)
 {
-	struct reader r = { .j = j, .o = o, .root = at };
-	int meta, labels = -1, level = 1;
+	r->o = (struct object){ .kind = r->o.kind, .blank = true, .unnamed = !r->n_names };
+	r->o.bad = r->bad ? hash64(0, why, strlen(why)) | 1 : 0;
+	r->fixed.len = 0;
+	r->texts.len = r->n_names;
+	if (r->o.unnamed) {
+		buf_add(&r->texts, "", 1);
+		buf_add(&r->texts, why, strlen(why) + 1);
+	}
+}
 
-	*o = (struct object){ .kind = k };
-	meta = read_identity(&r);
+/* The object at a token, to be freed. If it is ->bad, `why` says why. */
+static struct object *object_read(const struct filter *f, enum kind k, const struct json *j, int at)
+{
+	struct reader r = { .j = j, .filter = f, .root = at, .o.kind = k, .labels = -1 };
+	struct object *o;
+	int level = 1;
+
+	read_identity(&r);
 	for (int up = at < 0 ? -1 : j->tok[at].parent; up >= 0; up = j->tok[up].parent)
 		level += !json_is(j, up, JSMN_STRING);
 	if (j->flaw)
@@ -2338,82 +2301,74 @@ static int object_read(struct object *o, const struct filter *f, enum kind k, co
 	else if (j->depth - level >= MAX_DEPTH)
 		flaw(&r, -1, "it", "is nested deeper than %d levels", MAX_DEPTH);
 	if (!r.bad)
-		labels = read_labels(&r, meta);
-	if (k == SERVICES && !o->ignored && !r.bad)
-		read_service(&r, f, meta, labels);
-	if (k == SLICES && !o->ignored && !r.bad)
-		read_slice(&r, labels);
+		read_labels(&r);
+	if (k == SERVICES && !r.o.blank && !r.bad)
+		read_service(&r);
+	if (k == SLICES && !r.o.blank && !r.bad)
+		read_slice(&r);
 	if (k == NODES) {
-		read_name(&r, json_get(j, labels, "topology.kubernetes.io/zone"), 0);
-		buf_add(&r.names, r.text.at, r.text.len + 1);
+		read_name(&r, json_get(j, r.labels, "topology.kubernetes.io/zone"), 0);
+		keep_text(&r);
 	}
-	buf_add(&r.names, "", 1);
-	if (r.name) {
-		o->ns = mem(NULL, r.names.len);
-		memcpy(o->ns, r.names.at, r.names.len);
-		o->name = o->ns + r.name;
-		o->more = o->name + strlen(o->name) + 1;
-	}
-	buf_free(&r.names);
+	if (k == SERVICE_CIDRS)
+		read_cidrs(&r, read_member(&r, at, "spec", JSMN_OBJECT), "cidrs");
+	if (r.bad || r.o.blank)
+		reader_blank(&r);
+	buf_add(&r.fixed, r.texts.at, r.texts.len);
+	r.o.size = sizeof(*o) + r.fixed.len;
+	o = mem(NULL, r.o.size);
+	*o = r.o;
+	memcpy(o->at, r.fixed.at, r.fixed.len);
+	buf_free(&r.fixed);
+	buf_free(&r.texts);
 	buf_free(&r.text);
-	return r.bad ? -1 : 0;
+	return o;
 }
 /* === model (what the cluster has) =========================================
- * Services, their slices, our node; who claims which address; who is dirty.
- * Each put and delete settles claims and VIPs at once, so what comes out
+ * Objects; services, their slices, our node; who claims which address; who is
+ * dirty. Each put and delete settles claims and VIPs at once, so what comes out
  * depends on the set of objects alone, never on their order. */
-enum claim_role {
-	CLAIM_ADDRESS,	/* ClusterIP, mapped address or VIP: the address, whatever the port */
-	CLAIM_EXTERNAL, /* external address, port and protocol */
-	CLAIM_USE,	/* external address: whom a new CLAIM_ADDRESS would concern */
-};
-
-struct claim {
-	struct link link; /* by what follows `of` */
+struct claim {		   /* that an address is a service's */
+	struct link link; /* by the address */
 	struct service *of;
 	struct in6_addr addr;
-	uint16_t port;
-	uint8_t proto, role;
+	uint8_t scope; /* enum tl_scope */
+	bool dealt;    /* by --map or --vip-range */
 };
-
-#define CLAIM_KEY (offsetof(struct claim, role) + 1 - offsetof(struct claim, addr)) /* bytes */
 
 /* By namespace and name; also where there are only slices of it yet. */
 struct service {
 	struct link link;
 	struct service *next_dirty;
-	struct spec *spec; /* NULL: no such Service, or ignored */
-	struct slice *slices;
+	struct object *spec; /* NULL: no such Service, or ignored */
+	struct object *slices;
 	struct claim *claims, *vip; /* an array; one, or NULL */
+	uint64_t slot;		    /* vip's */
 	void *programmed;	    /* the maps stage's */
-	uint32_t n_claims, said;    /* said: a hash of the notes about it */
-	bool said_sctp;
-	bool seen, dirty, out; /* since the mark; in the list; model_next_dirty gave it out */
-	bool gone;	       /* nothing of it is to be programmed */
+	uint32_t n_claims, said;    /* said: a hash of the note about it */
+	bool dirty, out; /* in the list; model_next_dirty gave it out and forget is to come */
+	bool gone;	 /* nothing of it is to be programmed */
 	const char *name;
 	char ns[]; /* and the name */
 };
 
-#define MAX_BAD 4096 /* further bad objects are said again each time */
+#define MAX_BAD 1024 /* further bad objects are said again each time */
 
 struct model { /* all zero, then model_init */
 	const struct options *opt;
 	struct filter filter;
 	struct {
-		const char *node;
-		char *zone; /* NULL: none */
-	} places;	    /* ours */
-	struct table services, slices, claims;
+		const char *node, *zone;
+	} places; /* ours; "": not known */
+	struct table objects, services, claims;
+	size_t n_of[N_READ]; /* objects that are not blank */
+	size_t n_bad;	      /* the others */
 	struct service *dirty;
-	bool synced[N_KINDS];
-	bool node_seen;
-	bool unnamed[N_KINDS]; /* since the mark came something whose name is unknown */
-	bool started;  /* model_check found nothing: what comes later and overlaps is not served */
-	bool repeated; /* model_put failed as it did for this object before: say it once */
-	struct bad {
-		uint64_t who, why;
-	} * bad; /* objects of which the last news was bad, and the lines about them */
-	size_t n_bad;
+	bool synced[N_READ];
+	uint16_t round[N_READ]; /* lists that were begun */
+	bool unnamed[N_READ];	 /* the last one had a bad object whose name is not known */
+	bool repeated;		 /* the last bad object was as bad before: say it once */
+	bool ranges_changed;	 /* since model_ranges gave them out */
 	size_t n_without, said_without; /* services that found the VIP range full */
 };
 
@@ -2421,10 +2376,11 @@ struct model { /* all zero, then model_init */
 static int model_init(struct model *m, const struct options *o)
 {
 	m->opt = o;
-	m->filter.namespaces = o->namespaces;
-	m->filter.n_namespaces = o->n_namespaces;
+	m->filter = (struct filter){ o->selector, o->namespaces, o->n_namespaces };
 	m->places.node = o->node ? o->node : "";
-	return selector_parse(o->selector, &m->filter);
+	m->places.zone = "";
+	m->ranges_changed = true;
+	return selector_match(o->selector, NULL, -1) < 0 ? -1 : 0;
 }
 
 static void model_dirty(struct model *m, struct service *s)
@@ -2441,29 +2397,20 @@ static uint64_t name_hash(const char *ns, const char *name)
 	return hash64(hash64(0, ns, strlen(ns) + 1), name, strlen(name));
 }
 
-static struct service *service_find(struct model *m, const char *ns, const char *name)
+static struct service *service_get(struct model *m, const char *ns, const char *name)
 {
 	uint64_t hash = name_hash(ns, name);
+	size_t a = strlen(ns) + 1, b = strlen(name) + 1;
 	struct service *s = NULL;
 
 	while ((s = (struct service *)table_next(&m->services, (struct link *)s, hash)))
 		if (!strcmp(s->ns, ns) && !strcmp(s->name, name))
-			break;
-	return s;
-}
-
-static struct service *service_get(struct model *m, const char *ns, const char *name)
-{
-	struct service *s = service_find(m, ns, name);
-	size_t a = strlen(ns) + 1, b = strlen(name) + 1;
-
-	if (s)
-		return s;
+			return s;
 	s = mem(NULL, sizeof(*s) + a + b);
 	memset(s, 0, sizeof(*s));
 	memcpy(s->ns, ns, a);
 	s->name = memcpy(s->ns + a, name, b);
-	table_add(&m->services, &s->link, name_hash(ns, name));
+	table_add(&m->services, &s->link, hash);
 	return s;
 }
 
@@ -2476,66 +2423,44 @@ static void service_drop(struct model *m, struct service *s)
 	free(s);
 }
 
+static int service_by_name(const struct service *a, const struct service *b)
+{
+	int c = strcmp(a->ns, b->ns);
+
+	return c ? c : strcmp(a->name, b->name);
+}
+
 /* Older: by creation, then namespace, then name. */
 static bool service_older(const struct service *a, const struct service *b)
 {
-	int c;
-
 	if (a->spec->created != b->spec->created)
 		return a->spec->created < b->spec->created;
-	c = strcmp(a->ns, b->ns);
-	return c ? c < 0 : strcmp(a->name, b->name) < 0;
-}
-
-/* The ClusterIP of a family, or NULL. */
-static const struct in6_addr *spec_cluster_ip(const struct spec *s, bool v4)
-{
-	for (uint32_t i = 0; i < s->n_cluster; i++)
-		if (addr_is_v4(&s->at[i]) == v4)
-			return &s->at[i];
-	return NULL;
+	return service_by_name(a, b) < 0;
 }
 
 /* --- claims ---------------------------------------------------------------- */
-static uint64_t claim_hash(const struct claim *c)
+/* The next claim to an address, behind `at`; the first if that is NULL. */
+static struct claim *claim_next(const struct model *m, const struct in6_addr *addr,
+				struct claim *at)
 {
-	return hash64(0, &c->addr, CLAIM_KEY);
-}
-
-/* The next claim to the same, behind `at`; the first if that is NULL. */
-static struct claim *claim_next(const struct model *m, const struct claim *like, struct claim *at)
-{
-	uint64_t hash = claim_hash(like);
+	uint64_t hash = hash64(0, addr, sizeof(*addr));
 
 	while ((at = (struct claim *)table_next(&m->claims, (struct link *)at, hash)))
-		if (!memcmp(&at->addr, &like->addr, CLAIM_KEY))
+		if (!memcmp(&at->addr, addr, sizeof(*addr)))
 			break;
 	return at;
-}
-
-static struct claim *claim_first(const struct model *m, enum claim_role role,
-				 const struct in6_addr *addr, uint16_t port, uint8_t proto)
-{
-	struct claim like = { .addr = *addr, .port = port, .proto = proto, .role = role };
-
-	return claim_next(m, &like, NULL);
 }
 
 /* Whoever shares what is claimed may have to be resolved anew. */
 static void claim_changed(struct model *m, const struct claim *c)
 {
-	for (struct claim *o = claim_next(m, c, NULL); o && c->role != CLAIM_USE;
-	     o = claim_next(m, c, o))
+	for (struct claim *o = NULL; (o = claim_next(m, &c->addr, o));)
 		model_dirty(m, o->of);
-	if (c->role == CLAIM_ADDRESS)
-		for (struct claim *o = claim_first(m, CLAIM_USE, &c->addr, 0, 0); o;
-		     o = claim_next(m, o, o))
-			model_dirty(m, o->of);
 }
 
 static void claim_add(struct model *m, struct claim *c)
 {
-	table_add(&m->claims, &c->link, claim_hash(c));
+	table_add(&m->claims, &c->link, hash64(0, &c->addr, sizeof(c->addr)));
 	claim_changed(m, c);
 }
 
@@ -2545,31 +2470,23 @@ static void claim_remove(struct model *m, struct claim *c)
 	table_remove(&m->claims, &c->link);
 }
 
-/* In --vip-range or a --map's FROM: no address for a service of its own. The
- * range's text, or NULL. */
-static const char *addr_reserved(const struct model *m, const struct in6_addr *a)
+/* The range of --vip-range or a --map's FROM that an address of a service's own
+ * is in, as text; NULL if it may be served. Before the start that is an error,
+ * afterwards the address is left out. */
+static const char *claim_refused(const struct model *m, const struct claim *c)
 {
 	static char text[INET6_ADDRSTRLEN + 20];
 
-	if (m->opt->has_vip_range && cidr_has(&m->opt->vip_range, a)) {
-		strcpy(text, "--vip-range ");
-		cidr_text(&m->opt->vip_range, text + 12);
+	for (int i = m->opt->has_vip_range ? -1 : 0; i < m->opt->n_maps; i++) {
+		const struct cidr *range = i < 0 ? &m->opt->vip_range : &m->opt->maps[i].from;
+
+		if (c->dealt || !c->of->spec->served || !cidr_has(range, &c->addr))
+			continue;
+		strcpy(text, i < 0 ? "--vip-range " : "--map ");
+		cidr_text(range, text + strlen(text));
 		return text;
 	}
-	for (int i = 0; i < m->opt->n_maps; i++)
-		if (cidr_has(&m->opt->maps[i].from, a)) {
-			strcpy(text, "--map ");
-			cidr_text(&m->opt->maps[i].from, text + 6);
-			return text;
-		}
 	return NULL;
-}
-
-/* The reserved addresses are found before anything is programmed and end the
- * start; afterwards they are left out. */
-static bool addr_refused(const struct model *m, const struct service *s, const struct in6_addr *a)
-{
-	return m->started && s->spec->served && addr_reserved(m, a);
 }
 
 /* Where --map serves an address of TO. */
@@ -2583,34 +2500,44 @@ static struct in6_addr addr_mapped(const struct map_option *map, const struct in
 	return to;
 }
 
+static bool spec_restricted(const struct object *spec, bool v4)
+{
+	for (uint32_t i = 0; i < spec->n_cidrs; i++)
+		if (addr_is_v4(&object_cidrs(spec)[i].addr) == v4)
+			return true;
+	return false;
+}
+
 static void claims_build(struct model *m, struct service *s)
 {
 	struct buf out = { 0 };
-	struct spec *spec = s->spec;
-	struct claim c = { .of = s, .role = CLAIM_ADDRESS };
-	const struct in6_addr *ip = spec->at, *end = ip + spec->n_cluster;
+	const struct object *spec = s->spec;
+	struct claim c = { .of = s, .scope = TL_INTERNAL };
+	const struct in6_addr *ip = spec->at, *lb = ip + spec->n_cluster + spec->n_external;
+	const struct in6_addr *end = lb + spec->n_lb;
 
-	for (; ip < end; ip++) {
+	for (; ip < spec->at + spec->n_cluster; ip++) {
 		c.addr = *ip;
-		if (!addr_refused(m, s, ip))
-			buf_add(&out, &c, sizeof(c));
+		c.dealt = false;
+		buf_add(&out, &c, sizeof(c));
+		c.dealt = true;
 		for (int i = 0; i < m->opt->n_maps; i++)
 			if (cidr_has(&m->opt->maps[i].to, ip)) {
 				c.addr = addr_mapped(&m->opt->maps[i], ip);
 				buf_add(&out, &c, sizeof(c));
 			}
 	}
-	for (end += spec->n_external + spec->n_lb; ip < end && spec->served; ip++) {
-		if (!spec_cluster_ip(spec, addr_is_v4(ip)) || addr_refused(m, s, ip))
+	c.dealt = false;
+	for (; ip < end && spec->served; ip++) {
+		bool v4 = addr_is_v4(ip), limited = false;
+
+		if (!object_cluster_ip(spec, v4))
 			continue;
-		c = (struct claim){ .of = s, .addr = *ip, .role = CLAIM_USE };
+		for (const struct in6_addr *o = lb; o < end && spec_restricted(spec, v4); o++)
+			limited |= !memcmp(ip, o, sizeof(*ip));
+		c.addr = *ip;
+		c.scope = limited ? TL_LOADBALANCER : TL_EXTERNAL;
 		buf_add(&out, &c, sizeof(c));
-		c.role = CLAIM_EXTERNAL;
-		for (uint32_t i = 0; i < spec->n_ports; i++) {
-			c.port = spec_ports(spec)[i].number;
-			c.proto = spec_ports(spec)[i].proto;
-			buf_add(&out, &c, sizeof(c));
-		}
 	}
 	s->n_claims = out.len / sizeof(c);
 	s->claims = out.len ? mem(out.at, out.len) : NULL;
@@ -2633,26 +2560,23 @@ static uint64_t vip_room(const struct model *m, uint64_t *first)
 	return ((uint64_t)1 << (width < 62 ? width : 62)) - *first * 2;
 }
 
-/* The low half of an address as a number; a slot's is its distance in it. */
-static uint64_t addr_low(const struct in6_addr *a)
+static struct in6_addr vip_addr(const struct model *m, uint64_t slot)
 {
-	uint64_t v = 0;
-
-	for (int i = 8; i < 16; i++)
-		v = v << 8 | a->s6_addr[i];
-	return v;
-}
-
-static struct service *vip_holder(const struct model *m, uint64_t slot, struct in6_addr *a)
-{
-	uint64_t first, low;
+	struct in6_addr a = m->opt->vip_range.addr;
+	uint64_t first;
 
 	vip_room(m, &first);
-	*a = m->opt->vip_range.addr;
-	low = addr_low(a) + first + slot;
-	for (int i = 15; i >= 8; i--, low >>= 8)
-		a->s6_addr[i] = low;
-	for (struct claim *c = claim_first(m, CLAIM_ADDRESS, a, 0, 0); c; c = claim_next(m, c, c))
+	slot += first;
+	for (int i = 15; slot; i--, slot >>= 8)
+		a.s6_addr[i] |= slot; /* which are zero in the range */
+	return a;
+}
+
+static struct service *vip_holder(const struct model *m, uint64_t slot)
+{
+	struct in6_addr a = vip_addr(m, slot);
+
+	for (struct claim *c = NULL; (c = claim_next(m, &a, c));)
 		if (c->of->vip == c)
 			return c->of;
 	return NULL;
@@ -2669,33 +2593,24 @@ static uint64_t vip_distance(const struct model *m, const struct service *s, uin
 static void vip_take(struct model *m, struct service *s, uint64_t slot)
 {
 	s->vip = mem(NULL, sizeof(*s->vip));
-	*s->vip = (struct claim){ .of = NULL, .role = CLAIM_ADDRESS };
-	vip_holder(m, slot, &s->vip->addr);
-	s->vip->of = s;
+	*s->vip = (struct claim){ .of = s, .addr = vip_addr(m, slot), .dealt = true };
+	s->slot = slot;
 	claim_add(m, s->vip);
-	model_dirty(m, s);
 }
 
-/* Returns the slot that falls free. */
-static uint64_t vip_leave(struct model *m, struct service *s)
+static void vip_leave(struct model *m, struct service *s)
 {
-	uint64_t first, low = addr_low(&s->vip->addr) - addr_low(&m->opt->vip_range.addr);
-
-	vip_room(m, &first);
 	claim_remove(m, s->vip);
 	free(s->vip);
 	s->vip = NULL;
-	model_dirty(m, s);
-	return low - first;
 }
 
 static void vip_place(struct model *m, struct service *s)
 {
 	uint64_t first, room = vip_room(m, &first), slot = name_hash(s->ns, s->name) % room;
-	struct in6_addr a;
 
 	do {
-		struct service *o = vip_holder(m, slot, &a);
+		struct service *o = vip_holder(m, slot);
 
 		if (!o || service_older(s, o)) {
 			if (o)
@@ -2710,26 +2625,25 @@ static void vip_place(struct model *m, struct service *s)
 	m->n_without++;
 }
 
-static bool vip_wanted(const struct model *m, const struct spec *s)
+static bool vip_wanted(const struct model *m, const struct object *spec)
 {
-	return s && m->opt->has_vip_range &&
-		spec_cluster_ip(s, addr_is_v4(&m->opt->vip_range.addr));
+	return spec && m->opt->has_vip_range &&
+		object_cluster_ip(spec, addr_is_v4(&m->opt->vip_range.addr));
 }
 
 static void vip_release(struct model *m, struct service *s)
 {
-	uint64_t first, room = vip_room(m, &first), start, hole;
+	uint64_t first, room = vip_room(m, &first), hole = s->slot;
 	struct service *o, *best = NULL;
-	struct in6_addr a;
 
 	if (!s->vip) {
 		m->n_without--;
 		return;
 	}
-	start = hole = vip_leave(m, s);
+	vip_leave(m, s);
 	/* who lives between a hole and the first who would rather be in it is older
 	 * than that one: so he is the oldest who would, and one round is enough */
-	for (uint64_t at = (start + 1) % room; at != start && (o = vip_holder(m, at, &a));
+	for (uint64_t at = (hole + 1) % room; at != s->slot && (o = vip_holder(m, at));
 	     at = (at + 1) % room)
 		if (vip_distance(m, o, hole) < vip_distance(m, o, at)) {
 			vip_leave(m, o);
@@ -2749,7 +2663,7 @@ static void vip_release(struct model *m, struct service *s)
 }
 
 /* --- putting and deleting --------------------------------------------------- */
-static void service_change(struct model *m, struct service *s, struct spec *new)
+static void service_change(struct model *m, struct service *s, struct object *new)
 {
 	bool had = vip_wanted(m, s->spec);
 	bool kept = had && vip_wanted(m, new) && new->created == s->spec->created;
@@ -2759,7 +2673,6 @@ static void service_change(struct model *m, struct service *s, struct spec *new)
 	for (uint32_t i = 0; i < s->n_claims; i++)
 		claim_remove(m, &s->claims[i]);
 	free(s->claims);
-	free(s->spec);
 	s->spec = new;
 	s->claims = NULL;
 	s->n_claims = 0;
@@ -2770,121 +2683,98 @@ static void service_change(struct model *m, struct service *s, struct spec *new)
 	model_dirty(m, s);
 }
 
-static void service_put(struct model *m, struct object *o)
+static void slice_change(struct model *m, struct object *old, struct object *new)
 {
-	struct service *s =
-		o->spec ? service_get(m, o->ns, o->name) : service_find(m, o->ns, o->name);
+	if (old) {
+		struct service *of = service_get(m, object_text(old, 0), object_more(old));
+		struct object **at = &of->slices;
 
-	if (!s)
-		return;
-	s->seen = true;
-	if (!s->spec && !o->spec)
-		return;
-	if (s->spec && o->spec && s->spec->size == o->spec->size &&
-	    !memcmp(s->spec, o->spec, o->spec->size))
-		return;
-	service_change(m, s, o->spec);
-	o->spec = NULL;
-}
-
-static struct slice *slice_find(struct model *m, const char *ns, const char *name)
-{
-	uint64_t hash = name_hash(ns, name);
-	struct slice *s = NULL;
-
-	while ((s = (struct slice *)table_next(&m->slices, (struct link *)s, hash)))
-		if (!strcmp(s->of->ns, ns) && !strcmp(slice_text(s, s->name), name))
-			break;
-	return s;
-}
-
-static void slice_remove(struct model *m, struct slice *s)
-{
-	struct slice **at = &s->of->slices;
-
-	while (*at != s)
-		at = &(*at)->sibling;
-	*at = s->sibling;
-	table_remove(&m->slices, &s->link);
-	model_dirty(m, s->of);
-	free(s);
-}
-
-static void slice_put(struct model *m, struct object *o)
-{
-	struct slice *old = slice_find(m, o->ns, o->name), *new = o->slice;
-	size_t from = offsetof(struct slice, size);
-
-	if (old && new && !strcmp(old->of->name, o->more) && old->size == new->size &&
-	    !memcmp((char *)old + from, (char *)new + from, new->size - from)) {
-		old->seen = true;
-		return;
+		while (*at != old)
+			at = &(*at)->sibling;
+		*at = old->sibling;
+		model_dirty(m, of);
 	}
-	if (old)
-		slice_remove(m, old);
-	if (!new)
-		return;
-	o->slice = NULL;
-	new->of = service_get(m, o->ns, o->more);
-	new->seen = true;
-	new->sibling = new->of->slices;
-	new->of->slices = new;
-	table_add(&m->slices, &new->link, name_hash(o->ns, o->name));
-	model_dirty(m, new->of);
+	if (new) {
+		struct service *of = service_get(m, object_text(new, 0), object_more(new));
+
+		new->sibling = of->slices;
+		of->slices = new;
+		model_dirty(m, of);
+	}
 }
 
-/* Our node's zone; "": it has none, or is not there. */
-static void model_zone(struct model *m, const char *zone)
+static void zone_change(struct model *m, const char *zone)
 {
-	if (!strcmp(zone, m->places.zone ? m->places.zone : ""))
-		return;
-	free(m->places.zone);
-	m->places.zone = strdup(zone);
-	TABLE_EACH (&m->services, l)
-		model_dirty(m, (struct service *)l);
+	if (strcmp(m->places.zone, zone))
+		TABLE_EACH (&m->services, l)
+			model_dirty(m, (struct service *)l);
+	m->places.zone = zone;
 }
 
-/* Takes what object_read made; object_free is due afterwards. */
+static uint64_t object_hash(const struct object *o)
+{
+	return name_hash(object_text(o, 0), object_name(o)) + o->kind;
+}
+
+static struct object *object_find(const struct model *m, const struct object *like)
+{
+	uint64_t hash = object_hash(like);
+	struct object *o = NULL;
+
+	while ((o = (struct object *)table_next(&m->objects, (struct link *)o, hash)))
+		if (o->kind == like->kind && !strcmp(object_text(o, 0), object_text(like, 0)) &&
+		    !strcmp(object_name(o), object_name(like)))
+			break;
+	return o;
+}
+
+/* `old` goes, `new` comes; either may be NULL. */
+static void model_replace(struct model *m, struct object *old, struct object *new)
+{
+	enum kind k = (old ? old : new)->kind;
+	struct object *was = old && !old->blank ? old : NULL;
+	struct object *is = new && !new->blank ? new : NULL, *any = is ? is : was;
+
+	if (new)
+		table_add(&m->objects, &new->link, object_hash(new));
+	if (k == SERVICES && any)
+		service_change(m, service_get(m, object_text(any, 0), object_name(any)), is);
+	if (k == SLICES)
+		slice_change(m, was, is);
+	if (k == NODES)
+		zone_change(m, is ? object_more(is) : "");
+	m->ranges_changed |= any && k == SERVICE_CIDRS;
+	m->n_of[k] += !!is - !!was;
+	m->n_bad += (new && !is) - (old && !was);
+	if (old)
+		table_remove(&m->objects, &old->link);
+	free(old);
+}
+
+/* Takes what object_read made. Of a bad object the last good state stays, through
+ * a relist too; it is remembered even if there is none. */
 static void model_store(struct model *m, struct object *o)
 {
-	if (o->kind == SERVICES)
-		service_put(m, o);
-	else if (o->kind == SLICES)
-		slice_put(m, o);
-	else if (!strcmp(o->name, m->places.node)) {
-		m->node_seen = true;
-		model_zone(m, o->more);
-	}
-}
+	const size_t said = offsetof(struct object, size);
+	struct object *old = object_find(m, o);
 
-/* The last news of an object was good: `why` is NULL; or bad, then its last good
- * state stays, through a relist too. */
-static void bad_put(struct model *m, const struct object *o, const char *why)
-{
-	struct service *service =
-		o->name && o->kind == SERVICES ? service_find(m, o->ns, o->name) : NULL;
-	struct slice *slice = o->name && o->kind == SLICES ? slice_find(m, o->ns, o->name) : NULL;
-	struct bad new = { .why = why ? hash64(0, why, strlen(why)) : 0 }, *old = m->bad,
-		   *end = old + m->n_bad;
-
-	new.who = o->name ? hash64(o->kind, o->ns, o->more - o->ns) : new.why;
-	while (old < end && old->who != new.who)
-		old++;
-	m->repeated = old < end && old->why == new.why;
-	if (old < end)
-		*old = why ? new : m->bad[--m->n_bad];
-	if (!why)
-		return;
-	if (old == end && m->n_bad < MAX_BAD) {
-		m->bad = mem(m->bad, (m->n_bad + 1) * sizeof(new));
-		m->bad[m->n_bad++] = new;
+	o->blank |= o->kind == NODES && strcmp(object_name(o), m->places.node);
+	o->round = m->round[o->kind];
+	m->repeated = old && o->bad && old->bad == o->bad;
+	m->unnamed[o->kind] |= o->bad && o->unnamed;
+	if (old) {
+		old->round = o->round;
+		old->bad = o->bad;
 	}
-	if (service)
-		service->seen = true;
-	if (slice)
-		slice->seen = true;
-	m->node_seen |= o->kind == NODES && o->name && !strcmp(o->name, m->places.node);
-	m->unnamed[o->kind] |= !o->name;
+	if (o->bad ? !old && m->n_bad < MAX_BAD : !o->blank)
+		if (!old || old->size != o->size ||
+		    memcmp((char *)old + said, (char *)o + said, o->size - said)) {
+			model_replace(m, old, o);
+			return;
+		}
+	if (old && o->blank && !o->bad)
+		model_replace(m, old, NULL);
+	free(o);
 }
 
 /* 0; or -1 with why, naming kind, namespace/name and field: the object is bad,
@@ -2892,42 +2782,26 @@ static void bad_put(struct model *m, const struct object *o, const char *why)
  * its stream is sound: what stands of it names it. */
 static int model_put(struct model *m, enum kind k, const struct json *j, int at)
 {
-	struct object o;
-	int got = object_read(&o, &m->filter, k, j, at);
+	struct object *o = object_read(&m->filter, k, j, at);
+	int got = o->bad ? -1 : 0;
 
-	if (got || m->n_bad)
-		bad_put(m, &o, got ? why : NULL);
-	if (!got)
-		model_store(m, &o);
-	object_free(&o);
+	model_store(m, o);
 	return got;
 }
 
 static void model_delete(struct model *m, enum kind k, const struct json *j, int at)
 {
-	struct object o;
+	struct object *o = object_read(&m->filter, k, j, at);
 
-	object_read(&o, &m->filter, k, j, at);
-	bad_put(m, &o, NULL);
-	free(o.spec);
-	free(o.slice);
-	o.spec = NULL; /* it is as if it were ignored from now on */
-	o.slice = NULL;
-	if (o.name && k == NODES)
-		*o.more = 0;
-	if (o.name)
-		model_store(m, &o);
-	object_free(&o);
+	o->blank = true; /* it is as if it were ignored from now on */
+	o->bad = 0;
+	model_store(m, o);
 }
 
 /* A list begins. */
 static void model_mark(struct model *m, enum kind k)
 {
-	TABLE_EACH (&m->services, l)
-		((struct service *)l)->seen &= k != SERVICES;
-	TABLE_EACH (&m->slices, l)
-		((struct slice *)l)->seen &= k != SLICES;
-	m->node_seen &= k != NODES;
+	m->round[k]++;
 	m->unnamed[k] = false;
 }
 
@@ -2938,24 +2812,17 @@ static void model_sweep(struct model *m, enum kind k)
 	m->synced[k] = true;
 	if (m->unnamed[k])
 		return;
-	if (k == SERVICES)
-		TABLE_EACH (&m->services, l)
-			if (((struct service *)l)->spec && !((struct service *)l)->seen)
-				service_change(m, (struct service *)l, NULL);
-	if (k == SLICES)
-		TABLE_EACH (&m->slices, l)
-			if (!((struct slice *)l)->seen)
-				slice_remove(m, (struct slice *)l);
-	if (k == NODES && !m->node_seen)
-		model_zone(m, "");
+	TABLE_EACH (&m->objects, l) {
+		struct object *o = (struct object *)l;
+
+		if (o->kind == k && o->round != m->round[k])
+			model_replace(m, o, NULL);
+	}
 }
 
-static int service_by_name(const void *a, const void *b)
+static int service_order(const void *a, const void *b)
 {
-	const struct service *s = *(struct service *const *)a, *o = *(struct service *const *)b;
-	int c = strcmp(s->ns, o->ns);
-
-	return c ? c : strcmp(s->name, o->name);
+	return service_by_name(*(struct service *const *)a, *(struct service *const *)b);
 }
 
 /* The services that are served, by namespace and name; to be freed. */
@@ -2967,7 +2834,7 @@ static struct service **model_sorted(struct model *m, size_t *n)
 	TABLE_EACH (&m->services, l)
 		if (((struct service *)l)->spec && ((struct service *)l)->spec->served)
 			all[(*n)++] = (struct service *)l;
-	qsort(all, *n, sizeof(*all), service_by_name);
+	qsort(all, *n, sizeof(*all), service_order);
 	return all;
 }
 
@@ -2983,30 +2850,30 @@ static int model_check(struct model *m)
 
 	for (int i = 0; i < o->n_maps; i++)
 		for (int k = o->has_vip_range ? -1 : 0; k < i; k++) {
-			const struct cidr *a = &o->maps[i].from,
-					  *b = k < 0 ? &o->vip_range : &o->maps[k].from;
+			const struct map_option *a = &o->maps[i], *b = &o->maps[k];
+			const struct cidr *range = k < 0 ? &o->vip_range : &b->from;
+			bool same = k >= 0 && !cidr_order(&a->from, &b->from) &&
+				!cidr_order(&a->to, &b->to);
 
-			if (cidr_overlap(a, b) &&
-			    (k < 0 || memcmp(&o->maps[i], &o->maps[k], sizeof(*o->maps))))
+			if (cidr_overlap(&a->from, range) && !same)
 				return fail(
 					"--map %s and --%s %s overlap: choose ranges of their own",
-					cidr_text(a, text), k < 0 ? "vip-range" : "map",
-					cidr_text(b, other));
+					cidr_text(&a->from, text), k < 0 ? "vip-range" : "map",
+					cidr_text(range, other));
 		}
 	all = model_sorted(m, &n);
-	for (size_t i = 0; i < n && !got; i++) {
-		struct spec *s = all[i]->spec;
+	for (size_t i = 0; i < n && !got; i++)
+		for (uint32_t k = 0; k < all[i]->n_claims && !got; k++) {
+			const struct claim *c = &all[i]->claims[k];
+			const char *range = claim_refused(m, c);
 
-		for (uint32_t k = 0; k < s->n_cluster + s->n_external + s->n_lb && !got; k++)
-			if (spec_cluster_ip(s, addr_is_v4(&s->at[k])) &&
-			    addr_reserved(m, &s->at[k]))
+			if (range)
 				got = fail("%s contains %s, an address of Service %s/%s: choose "
 					   "another range",
-					   addr_reserved(m, &s->at[k]), addr_text(&s->at[k], text),
-					   all[i]->ns, all[i]->name);
-	}
+					   range, addr_text(&c->addr, text), all[i]->ns,
+					   all[i]->name);
+		}
 	free(all);
-	m->started = !got;
 	return got;
 }
 
@@ -3019,6 +2886,28 @@ static void model_settle(struct model *m)
 		note("--vip-range %s is full: the %zu youngest services have no address in it",
 		     cidr_text(&m->opt->vip_range, text), m->n_without);
 	m->said_without = m->n_without;
+}
+
+/* The ranges that are ours whatever stands in them (rule 16): struct cidr, to be
+ * freed. Where services are left out, a ServiceCIDR may hold some that others serve. */
+static struct buf model_ranges(struct model *m)
+{
+	const char *selector = m->filter.selector ? m->filter.selector : "";
+	bool all = !m->filter.n_namespaces && !selector[strspn(selector, SELECTOR_SPACE)];
+	struct buf out = { 0 };
+
+	if (m->opt->has_vip_range)
+		buf_add(&out, &m->opt->vip_range, sizeof(struct cidr));
+	for (int i = 0; i < m->opt->n_maps; i++)
+		buf_add(&out, &m->opt->maps[i].from, sizeof(struct cidr));
+	TABLE_EACH (&m->objects, l) {
+		const struct object *o = (struct object *)l;
+
+		if (o->kind == SERVICE_CIDRS && all)
+			buf_add(&out, object_cidrs(o), o->n_cidrs * sizeof(struct cidr));
+	}
+	m->ranges_changed = false;
+	return out;
 }
 
 /* The next service whose entries may differ from what they were, each once;
@@ -3048,8 +2937,8 @@ static void model_forget(struct model *m, struct service *s)
 	service_drop(m, s);
 }
 /* === resolve (a service into what is programmed) ==========================
- * kube-proxy's rules, one function each. Everything returned lives in one
- * arena that the next call uses again. */
+ * kube-proxy's rules, one function each. Everything returned lives in buffers
+ * that the next call uses again. */
 struct backend {
 	struct in6_addr addr;
 	uint16_t port;
@@ -3070,10 +2959,10 @@ struct entry { /* one service port in one family and one scope */
 	bool drop_if_empty;
 	uint32_t affinity;	    /* seconds, 0: none */
 	struct frontend *frontends; /* sorted by address and port, unique */
+	struct cidr *sources;	    /* of scope TL_LOADBALANCER; likewise */
 	struct backend *backends;   /* likewise */
-	struct cidr *sources;	    /* of scope TL_LOADBALANCER */
 	struct backend *serving;    /* a UDP flow to one of these is not flushed (rule 17) */
-	int n_frontends, n_backends, n_sources, n_serving;
+	int n_frontends, n_sources, n_backends, n_serving;
 };
 
 /* An endpoint of one service port; of those with one address and port the
@@ -3096,46 +2985,42 @@ enum place_flags {
 struct resolved {
 	struct entry *entries;
 	int n;
-	/* inside: arrays of entries begin at offsets in `arena` until all is there */
-	struct buf arena, list, candidates;
-	struct buf lost;       /* notes about frontends that are not served, one a line */
-	const char *sctp_port; /* a port of which endpoints were left out, or NULL */
+	/* inside; of the entries: frontends and sources; backends and serving */
+	struct buf list, fronts, backs, candidates;
+	struct buf lost; /* what is not as the service asks for, "; " behind each */
 };
 
 /* The endpoint at `at` in a slice; the next one's place. */
-static const char *candidate_read(const struct model *m, const struct slice *s, const char *at,
+static const char *candidate_read(const struct model *m, const struct object *s, const char *at,
 				  struct candidate *c)
 {
-	const char *node = m->places.node, *zone = m->places.zone ? m->places.zone : "";
+	const char *node = m->places.node, *zone = m->places.zone;
+	bool hints = *at & ENDPOINT_HINTS;
 
-	c->conditions = *at++;
+	c->conditions = *at++ & ~ENDPOINT_HINTS;
 	c->backend.addr = (struct in6_addr){ .s6_addr = { [10] = 0xff, 0xff } };
 	memcpy(c->backend.addr.s6_addr + (s->v4 ? 12 : 0), at, s->v4 ? 4 : 16);
 	at += s->v4 ? 4 : 16;
 	c->backend.node = at;
 	c->backend.local = *node && !strcmp(at, node);
 	c->place = c->backend.local ? PLACE_LOCAL : 0;
-	for (at += strlen(at) + 1; *at; at += strlen(at) + 1)
+	for (at = text_after(at); hints && *at; at = text_after(at))
 		if (*at == 'n')
 			c->place |= PLACE_NODE_HINTS |
 				(*node && !strcmp(at + 1, node) ? PLACE_OUR_NODE : 0);
 		else
 			c->place |= PLACE_ZONE_HINTS |
 				(*zone && !strcmp(at + 1, zone) ? PLACE_OUR_ZONE : 0);
-	return at + 1;
+	return at + hints;
 }
 
 static int candidate_order(const void *x, const void *y)
 {
 	const struct candidate *a = x, *b = y;
 	int c = memcmp(&a->backend.addr, &b->backend.addr, sizeof(a->backend.addr));
-	int flips[] = { ENDPOINT_TERMINATING, ENDPOINT_READY, ENDPOINT_SERVING };
 
 	c = c ? c : a->backend.port - b->backend.port;
-	for (int i = 0; i < 3 && !c; i++) {
-		c = !(a->conditions & flips[i]) - !(b->conditions & flips[i]);
-		c = i ? c : -c; /* not terminating, then ready, then serving */
-	}
+	c = c ? c : a->conditions - b->conditions;
 	c = c ? c : strcmp(a->slice, b->slice);
 	return c ? c : a->index < b->index ? -1 : a->index > b->index;
 }
@@ -3144,45 +3029,52 @@ static int candidate_order(const void *x, const void *y)
 static int resolve_candidates(const struct model *m, struct service *s, const struct port *p,
 			      bool v4, struct resolved *r)
 {
-	const char *name = spec_port_name(s->spec, p);
-	struct buf *out = &r->candidates;
+	const char *name = object_text(s->spec, p->name);
+	bool sctp_left = false;
 	struct candidate *all;
-	const char *at;
 	int n, kept = 0;
 
-	out->len = 0;
-	for (struct slice *sl = s->slices; sl; sl = sl->sibling) {
-		if (sl->v4 != v4)
-			continue;
-		for (uint32_t i = 0; i < sl->n_ports; i++) {
-			const struct port *q = &slice_ports(sl)[i];
+	r->candidates.len = 0;
+	for (struct object *sl = s->slices; sl; sl = sl->sibling) {
+		const struct port *q = object_ports(sl), *end = q + sl->n_ports;
 
-			if (q->proto != p->proto || strcmp(slice_text(sl, q->name), name))
-				continue;
-			if (q->proto == IPPROTO_SCTP && q->number != p->number) {
-				r->sctp_port = sl->n_endpoints ? name : r->sctp_port;
-				continue;
-			}
-			at = slice_text(sl, sl->texts);
-			for (uint32_t k = 0; k < sl->n_endpoints; k++) {
-				struct candidate c = { .slice = slice_text(sl, sl->name),
-						       .index = k };
+		for (; q < end && sl->v4 == v4; q++) {
+			const char *at = text_after(object_more(sl));
+			struct candidate c = { .slice = object_name(sl) };
+			bool left = q->proto == IPPROTO_SCTP && q->number != p->number;
 
-				c.backend.port = q->number;
+			if (q->proto != p->proto || strcmp(object_text(sl, q->name), name))
+				continue;
+			sctp_left |= left && sl->n_endpoints;
+			c.backend.port = q->number;
+			for (; c.index < sl->n_endpoints && !left; c.index++) {
 				at = candidate_read(m, sl, at, &c);
-				buf_add(out, &c, sizeof(c));
+				buf_add(&r->candidates, &c, sizeof(c));
 			}
 		}
 	}
-	all = (struct candidate *)out->at;
-	n = out->len / sizeof(*all);
+	if (sctp_left)
+		buf_printf(&r->lost, "port \"%s\": SCTP endpoints with another port number; ", name);
+	all = (struct candidate *)r->candidates.at;
+	n = r->candidates.len / sizeof(*all);
 	if (n)
 		qsort(all, n, sizeof(*all), candidate_order);
 	for (int i = 0; i < n; i++)
-		if (!i || memcmp(&all[i].backend.addr, &all[kept - 1].backend.addr, 16) ||
+		if (!i || addr_order(&all[i].backend.addr, &all[kept - 1].backend.addr) ||
 		    all[i].backend.port != all[kept - 1].backend.port)
 			all[kept++] = all[i];
 	return kept;
+}
+
+static bool candidate_ready(const struct candidate *c)
+{
+	return !(c->conditions & ENDPOINT_NOT_READY);
+}
+
+static bool candidate_fallback(const struct candidate *c)
+{
+	return (c->conditions & (ENDPOINT_NOT_SERVING | ENDPOINT_TERMINATING)) ==
+		ENDPOINT_TERMINATING;
 }
 
 /* Rule 9: which place flag a ready endpoint must have; 0: none, all serve. */
@@ -3191,7 +3083,7 @@ static int resolve_topology(const struct candidate *c, int n)
 	int all = PLACE_NODE_HINTS | PLACE_ZONE_HINTS, any = 0;
 
 	for (int i = 0; i < n; i++)
-		if (c[i].conditions & ENDPOINT_READY) {
+		if (candidate_ready(&c[i])) {
 			all &= c[i].place;
 			any |= c[i].place;
 		}
@@ -3200,256 +3092,170 @@ static int resolve_topology(const struct candidate *c, int n)
 	return all & PLACE_ZONE_HINTS && any & PLACE_OUR_ZONE ? PLACE_OUR_ZONE : 0;
 }
 
-static bool candidate_fallback(const struct candidate *c)
-{
-	return c->conditions & ENDPOINT_SERVING && c->conditions & ENDPOINT_TERMINATING;
-}
-
-/* Room in the arena, aligned; the offset. */
-static size_t resolved_begin(struct resolved *r)
-{
-	static const char zero[8];
-
-	buf_add(&r->arena, zero, -r->arena.len & 7);
-	return r->arena.len;
-}
-
-/* Rules 7 and 8: the backends under a policy, to the arena; how many. */
-static int resolve_backends(struct resolved *r, int n, bool local, bool *elsewhere)
+/* Rules 7 and 8: the backends under a policy; how many. */
+static int resolve_backends(struct resolved *r, int n, bool local)
 {
 	const struct candidate *c = (struct candidate *)r->candidates.at;
 	int place = local ? PLACE_LOCAL : resolve_topology(c, n), found = 0;
 
-	*elsewhere = false;
-	for (int i = 0; i < n; i++) {
-		if (c[i].conditions & ENDPOINT_READY && (c[i].place & place) == place) {
-			buf_add(&r->arena, &c[i].backend, sizeof(c[i].backend));
-			found++;
-		}
-		*elsewhere |= !(c[i].place & PLACE_LOCAL) &&
-			(c[i].conditions & ENDPOINT_READY || candidate_fallback(&c[i]));
+	for (int fallback = 0; fallback < 2 && !found; fallback++) {
+		for (int i = 0; i < n; i++)
+			if ((fallback ? candidate_fallback(&c[i]) : candidate_ready(&c[i])) &&
+			    (c[i].place & place) == place) {
+				buf_add(&r->backs, &c[i].backend, sizeof(c[i].backend));
+				found++;
+			}
+		place &= PLACE_LOCAL;
 	}
-	if (found)
-		return found;
-	for (int i = 0; i < n; i++)
-		if (candidate_fallback(&c[i]) && (!local || c[i].place & PLACE_LOCAL)) {
-			buf_add(&r->arena, &c[i].backend, sizeof(c[i].backend));
-			found++;
-		}
 	return found;
 }
 
-/* Who has a frontend instead of this service; itself: as another frontend;
- * NULL: nobody. */
-static struct service *resolve_owner(struct model *m, struct service *s, const struct in6_addr *a,
-				     const struct port *p, enum tl_scope scope)
+/* Who has a frontend instead of the claim's service; that itself: as another
+ * frontend; NULL: nobody. */
+static struct service *resolve_owner(struct model *m, const struct claim *mine,
+				     const struct port *p)
 {
-	struct service *owner = p->shadowed ? s : NULL;
-	struct claim *c;
+	struct service *s = mine->of;
+	bool own = mine->scope == TL_INTERNAL;
 
-	for (c = claim_first(m, CLAIM_ADDRESS, a, 0, 0); c && !owner; c = claim_next(m, c, c)) {
-		if (scope != TL_INTERNAL)
-			owner = c->of;
-		else if (c->of != s && c->of->spec->served && service_older(c->of, s))
-			for (uint32_t i = 0; i < c->of->spec->n_ports && !owner; i++) {
-				struct port *q = &spec_ports(c->of->spec)[i];
+	if (object_port(s->spec, p) != p)
+		return s;
+	for (struct claim *c = NULL; (c = claim_next(m, &mine->addr, c));) {
+		bool owns = c->scope == TL_INTERNAL;
 
-				owner = q->number == p->number && q->proto == p->proto ? c->of :
-											 NULL;
-			}
+		if (claim_refused(m, c))
+			continue;
+		if (owns && !own)
+			return c->of;
+		if (owns == own && c->of != s && c->of->spec->served && service_older(c->of, s) &&
+		    object_port(c->of->spec, p))
+			return c->of;
 	}
-	if (scope != TL_INTERNAL && !owner)
-		for (c = claim_first(m, CLAIM_EXTERNAL, a, p->number, p->proto); c && !owner;
-		     c = claim_next(m, c, c))
-			owner = c->of != s && service_older(c->of, s) ? c->of : NULL;
-	return owner;
+	return NULL;
 }
 
-/* Adds a frontend to the arena, unless it is not to be served. */
-static void resolve_frontend(struct model *m, struct service *s, const struct in6_addr *a,
-			     const struct port *p, enum tl_scope scope, struct resolved *r)
+/* A claimed address as frontend of a port, unless it is not to be served. */
+static void resolve_frontend(struct model *m, const struct claim *c, const struct port *p,
+			     struct resolved *r)
 {
-	struct service *owner = resolve_owner(m, s, a, p, scope);
-	struct frontend f = { .addr = *a, .port = p->number };
+	struct frontend f = { .addr = c->addr, .port = p->number };
+	const char *range = claim_refused(m, c);
+	struct service *owner;
 	char text[INET6_ADDRSTRLEN];
 
-	if (scope != TL_INTERNAL && addr_refused(m, s, a))
-		buf_printf(&r->lost, "%s is in %s\n", addr_text(a, text), addr_reserved(m, a));
-	else if (owner && owner != s)
-		buf_printf(&r->lost, "%s port %u/%s belongs to Service %s/%s\n", addr_text(a, text),
-			   p->number, proto_name(p->proto), owner->ns, owner->name);
-	else if (!owner)
-		buf_add(&r->arena, &f, sizeof(f));
-}
-
-static bool spec_restricted(struct spec *s, bool v4)
-{
-	for (uint32_t i = 0; i < s->n_sources; i++)
-		if (addr_is_v4(&spec_sources(s)[i].addr) == v4)
-			return true;
-	return false;
-}
-
-/* The addresses of a scope and family: ClusterIP, mapped, VIP; or external ones. */
-static void resolve_frontends(struct model *m, struct service *s, const struct port *p, bool v4,
-			      enum tl_scope scope, struct resolved *r)
-{
-	struct spec *spec = s->spec;
-	const struct in6_addr *ip = spec->at + spec->n_cluster, *lb = ip + spec->n_external;
-	const struct in6_addr *end = lb + spec->n_lb;
-	bool restricted = spec_restricted(spec, v4);
-	char text[INET6_ADDRSTRLEN];
-
-	if (scope == TL_INTERNAL) {
-		const struct in6_addr *cluster = spec_cluster_ip(spec, v4);
-
-		for (uint32_t i = 0; i < s->n_claims; i++)
-			if (s->claims[i].role == CLAIM_ADDRESS &&
-			    addr_is_v4(&s->claims[i].addr) == v4)
-				resolve_frontend(m, s, &s->claims[i].addr, p, scope, r);
-		if (s->vip && addr_is_v4(&s->vip->addr) == v4)
-			resolve_frontend(m, s, &s->vip->addr, p, scope, r);
-		if (addr_refused(m, s, cluster))
-			buf_printf(&r->lost, "%s is in %s\n", addr_text(cluster, text),
-				   addr_reserved(m, cluster));
+	if (range) {
+		buf_printf(&r->lost, "%s, in %s; ", addr_text(&c->addr, text), range);
 		return;
 	}
-	for (const struct in6_addr *a = ip; a < end; a++) {
-		bool limited = false;
-
-		for (const struct in6_addr *o = lb; o < end && restricted; o++)
-			limited |= !memcmp(a, o, sizeof(*a));
-		if (addr_is_v4(a) == v4 && limited == (scope == TL_LOADBALANCER))
-			resolve_frontend(m, s, a, p, scope, r);
-	}
+	owner = resolve_owner(m, c, p);
+	if (!owner)
+		buf_add(&r->fronts, &f, sizeof(f));
+	else if (owner != c->of)
+		buf_printf(&r->lost, "%s port %u/%s, which belongs to Service %s/%s; ",
+			   addr_text(&c->addr, text), p->number, proto_name(p->proto), owner->ns,
+			   owner->name);
 }
 
-static int addr_order(const void *a, const void *b)
+/* Sorts what was added to a buffer from `at` on, each once; how many. */
+static int buf_unique(struct buf *b, size_t at, size_t size,
+		      int (*order)(const void *, const void *))
 {
-	return memcmp(a, b, sizeof(struct in6_addr));
-}
-
-static int cidr_order(const void *a, const void *b)
-{
-	int c = memcmp(a, b, sizeof(struct in6_addr));
-
-	return c ? c : ((const struct cidr *)a)->bits - ((const struct cidr *)b)->bits;
-}
-
-/* Sorts what was added to the arena from `at` on, each once; how many. */
-static int resolved_unique(struct resolved *r, size_t at, size_t size,
-			   int (*order)(const void *, const void *))
-{
-	int n = (r->arena.len - at) / size, kept = 0;
-	char *p = r->arena.at + at;
+	int n = (b->len - at) / size, kept = 0;
+	char *p = b->at + at;
 
 	if (n)
 		qsort(p, n, size, order);
 	for (int i = 0; i < n; i++)
 		if (!i || order(p + i * size, p + (kept - 1) * size))
 			memmove(p + kept++ * size, p + i * size, size);
-	r->arena.len = at + kept * size;
+	b->len = at + kept * size;
 	return kept;
 }
 
 static void resolve_entry(struct model *m, struct service *s, const struct port *p, bool v4,
 			  enum tl_scope scope, int candidates, struct resolved *r)
 {
+	const struct candidate *c = (struct candidate *)r->candidates.at;
+	const struct cidr *sources = object_cidrs(s->spec);
+	bool local = scope == TL_INTERNAL ? s->spec->internal_local : s->spec->external_local;
 	struct entry e = { .ns = s->ns,
 			   .name = s->name,
-			   .port = spec_port_name(s->spec, p),
+			   .port = object_text(s->spec, p->name),
 			   .proto = p->proto,
 			   .v4 = v4,
 			   .scope = scope,
 			   .affinity = s->spec->affinity };
-	const struct candidate *c = (struct candidate *)r->candidates.at;
-	bool local = scope == TL_INTERNAL ? s->spec->internal_local : s->spec->external_local;
-	size_t at = resolved_begin(r);
+	size_t at = r->fronts.len;
 
-	resolve_frontends(m, s, p, v4, scope, r);
-	e.frontends = (void *)at;
-	e.n_frontends = resolved_unique(r, at, sizeof(*e.frontends), addr_order);
+	for (uint32_t i = 0; i <= s->n_claims; i++) {
+		const struct claim *claim = i < s->n_claims ? &s->claims[i] : s->vip;
+
+		if (claim && claim->scope == scope && addr_is_v4(&claim->addr) == v4)
+			resolve_frontend(m, claim, p, r);
+	}
+	e.n_frontends = buf_unique(&r->fronts, at, sizeof(*e.frontends), addr_order);
 	if (!e.n_frontends && scope != TL_INTERNAL)
 		return;
-	e.backends = (void *)resolved_begin(r);
-	e.n_backends = resolve_backends(r, candidates, local, &e.drop_if_empty);
-	e.drop_if_empty &= local;
-	e.serving = (void *)resolved_begin(r);
-	for (int i = 0; i < candidates; i++)
-		if (c[i].conditions &
-		    (ENDPOINT_SERVING |
-		     ENDPOINT_READY)) { /* ready alone: publishNotReadyAddresses */
-			buf_add(&r->arena, &c[i].backend, sizeof(*e.serving));
+	at = r->fronts.len;
+	for (uint32_t i = 0; i < s->spec->n_cidrs && scope == TL_LOADBALANCER; i++)
+		if (addr_is_v4(&sources[i].addr) == v4)
+			buf_add(&r->fronts, &sources[i], sizeof(*e.sources));
+	e.n_sources = buf_unique(&r->fronts, at, sizeof(*e.sources), cidr_order);
+	e.n_backends = resolve_backends(r, candidates, local);
+	for (int i = 0; i < candidates; i++) {
+		bool ready = candidate_ready(&c[i]);
+
+		e.drop_if_empty |= local && !c[i].backend.local &&
+			(ready || candidate_fallback(&c[i]));
+		/* ready alone: publishNotReadyAddresses */
+		if (ready || !(c[i].conditions & ENDPOINT_NOT_SERVING)) {
+			buf_add(&r->backs, &c[i].backend, sizeof(*e.serving));
 			e.n_serving++;
 		}
-	at = resolved_begin(r);
-	e.sources = (void *)at;
-	for (uint32_t i = 0; i < s->spec->n_sources && scope == TL_LOADBALANCER; i++)
-		if (addr_is_v4(&spec_sources(s->spec)[i].addr) == v4)
-			buf_add(&r->arena, &spec_sources(s->spec)[i], sizeof(*e.sources));
-	e.n_sources = resolved_unique(r, at, sizeof(*e.sources), cidr_order);
+	}
 	buf_add(&r->list, &e, sizeof(e));
 }
 
-/* Says what is not as the service asks for, unless it was said before. */
-static void resolve_notes(struct service *s, const struct resolved *r)
-{
-	uint32_t said = r->lost.len ? hash64(1, r->lost.at, r->lost.len) : 0;
-
-	if (said && said != s->said) {
-		size_t first = strcspn(r->lost.at, "\n"), n = 0;
-
-		for (const char *c = r->lost.at; *c; c++)
-			n += *c == '\n';
-		note("Service %s/%s: not served: %.*s%s", s->ns, s->name, (int)first, r->lost.at,
-		     n > 1 ? ", and more" : "");
-	}
-	s->said = said;
-	if (r->sctp_port && !s->said_sctp)
-		note("Service %s/%s: port \"%s\": SCTP endpoints with another port number are left "
-		     "out",
-		     s->ns, s->name, r->sctp_port);
-	s->said_sctp = r->sctp_port;
-}
-
-/* The entries of a service, sorted as CONTRACT says. */
+/* The entries of a service, sorted as CONTRACT says. What is not as it asks for is
+ * said, unless it was said before. */
 static void resolve_service(struct model *m, struct service *s, struct resolved *r)
 {
-	char *base;
+	struct object *spec = s->spec && s->spec->served ? s->spec : NULL;
+	uint32_t said = 0;
+	char *fronts;
+	struct backend *backs;
 
-	r->arena.len = r->list.len = r->lost.len = 0;
-	r->sctp_port = NULL;
-	for (uint32_t i = 0; s->spec && s->spec->served && i < s->spec->n_ports; i++)
+	r->fronts.len = r->backs.len = r->list.len = r->lost.len = 0;
+	for (uint32_t i = 0; spec && i < spec->n_ports; i++)
 		for (int v4 = 1; v4 >= 0; v4--) {
-			const struct port *p = &spec_ports(s->spec)[i];
+			const struct port *p = &object_ports(spec)[i];
 			int n;
 
-			if (!spec_cluster_ip(s->spec, v4))
+			if (!object_cluster_ip(spec, v4))
 				continue;
 			n = resolve_candidates(m, s, p, v4, r);
-			resolve_entry(m, s, p, v4, TL_INTERNAL, n, r);
-			resolve_entry(m, s, p, v4, TL_EXTERNAL, n, r);
-			if (spec_restricted(s->spec, v4))
-				resolve_entry(m, s, p, v4, TL_LOADBALANCER, n, r);
+			for (enum tl_scope scope = TL_INTERNAL; scope <= TL_LOADBALANCER; scope++)
+				resolve_entry(m, s, p, v4, scope, n, r);
 		}
-	resolve_notes(s, r);
+	if (r->lost.len)
+		said = hash64(0, r->lost.at, r->lost.len);
+	if (said && said != s->said)
+		note("Service %s/%s: not served: %.*s%s", s->ns, s->name,
+		     r->lost.len < 400 ? (int)r->lost.len - 2 : 400, r->lost.at,
+		     r->lost.len < 400 ? "" : "...");
+	s->said = said;
 	r->entries = (struct entry *)r->list.at;
 	r->n = r->list.len / sizeof(*r->entries);
-	base = r->arena.at;
+	fronts = r->fronts.at;
+	backs = (struct backend *)r->backs.at;
 	for (struct entry *e = r->entries; e < r->entries + r->n; e++) {
-		e->frontends = (void *)(base + (size_t)e->frontends);
-		e->backends = (void *)(base + (size_t)e->backends);
-		e->serving = (void *)(base + (size_t)e->serving);
-		e->sources = (void *)(base + (size_t)e->sources);
+		e->frontends = (struct frontend *)fronts;
+		e->sources = (struct cidr *)(e->frontends + e->n_frontends);
+		fronts = (char *)(e->sources + e->n_sources);
+		e->backends = backs;
+		e->serving = e->backends + e->n_backends;
+		backs = e->serving + e->n_serving;
 	}
-}
-
-static void resolved_free(struct resolved *r)
-{
-	buf_free(&r->arena);
-	buf_free(&r->list);
-	buf_free(&r->candidates);
-	buf_free(&r->lost);
 }
 /* === printing ============================================================= */
 static void print_string(struct buf *out, const char *s)
@@ -3465,63 +3271,53 @@ static void print_string(struct buf *out, const char *s)
 	buf_add(out, "\"", 1);
 }
 
-/* ADDR:PORT or [ADDR]:PORT */
-static void print_socket(struct buf *out, const struct in6_addr *a, uint16_t port)
+/* `before`, then ADDR:PORT or [ADDR]:PORT. */
+static void print_socket(struct buf *out, const char *before, const struct in6_addr *a,
+			 uint16_t port)
 {
 	char text[INET6_ADDRSTRLEN];
 
-	buf_printf(out, addr_is_v4(a) ? "%s:%u" : "[%s]:%u", addr_text(a, text), port);
+	buf_printf(out, addr_is_v4(a) ? "%s%s:%u" : "%s[%s]:%u", before, addr_text(a, text), port);
 }
 
-static const char *scope_name(enum tl_scope scope)
-{
-	return scope == TL_INTERNAL  ? "internal" :
-		scope == TL_EXTERNAL ? "external" :
-				       "load-balancer";
-}
-
-static void print_entry_json(struct buf *out, const struct entry *e)
-{
-	char text[INET6_ADDRSTRLEN + 4];
-
-	buf_printf(out, "{\"namespace\":");
-	print_string(out, e->ns);
-	buf_printf(out, ",\"name\":");
-	print_string(out, e->name);
-	buf_printf(out, ",\"port\":");
-	print_string(out, e->port);
-	buf_printf(out,
-		   ",\"protocol\":\"%s\",\"family\":\"IPv%d\",\"scope\":\"%s\",\"frontends\":[",
-		   proto_name(e->proto), e->v4 ? 4 : 6, scope_name(e->scope));
-	for (int i = 0; i < e->n_frontends; i++) {
-		buf_printf(out, "%s\"", i ? "," : "");
-		print_socket(out, &e->frontends[i].addr, e->frontends[i].port);
-		buf_printf(out, "\"");
-	}
-	buf_printf(out, "],\"backends\":[");
-	for (int i = 0; i < e->n_backends; i++) {
-		const struct backend *b = &e->backends[i];
-
-		buf_printf(out, "%s{\"address\":\"", i ? "," : "");
-		print_socket(out, &b->addr, b->port);
-		buf_printf(out, "\",\"node\":");
-		print_string(out, b->node);
-		buf_printf(out, ",\"local\":%s}", b->local ? "true" : "false");
-	}
-	buf_printf(out, "]");
-	for (int i = 0; i < e->n_sources; i++)
-		buf_printf(out, "%s\"%s\"%s", i ? "," : ",\"sources\":[",
-			   cidr_text(&e->sources[i], text), i + 1 < e->n_sources ? "" : "]");
-	buf_printf(out, ",\"empty\":\"%s\",\"affinity_seconds\":%" PRIu32 "}",
-		   e->drop_if_empty ? "drop" : "reject", e->affinity);
-}
+static const char *const scope_names[] = { "internal", "external", "load-balancer" };
 
 /* Objects with commas between them, one a line; `first`: none were before. */
 static void print_entries_json(struct buf *out, const struct entry *e, int n, bool first)
 {
-	for (int i = 0; i < n; i++) {
-		buf_printf(out, first && !i ? "\n " : ",\n ");
-		print_entry_json(out, &e[i]);
+	char text[INET6_ADDRSTRLEN + 4];
+
+	for (; n--; e++, first = false) {
+		buf_printf(out, "%s\n {\"namespace\":", first ? "" : ",");
+		print_string(out, e->ns);
+		buf_printf(out, ",\"name\":");
+		print_string(out, e->name);
+		buf_printf(out, ",\"port\":");
+		print_string(out, e->port);
+		buf_printf(out, ",\"protocol\":\"%s\",\"family\":\"IPv%d\",\"scope\":\"%s\"",
+			   proto_name(e->proto), e->v4 ? 4 : 6, scope_names[e->scope]);
+		buf_printf(out, ",\"frontends\":[");
+		for (int i = 0; i < e->n_frontends; i++) {
+			const struct frontend *f = &e->frontends[i];
+
+			print_socket(out, i ? ",\"" : "\"", &f->addr, f->port);
+			buf_printf(out, "\"");
+		}
+		buf_printf(out, "],\"backends\":[");
+		for (int i = 0; i < e->n_backends; i++) {
+			const struct backend *b = &e->backends[i];
+
+			print_socket(out, i ? ",{\"address\":\"" : "{\"address\":\"", &b->addr,
+				     b->port);
+			buf_printf(out, "\",\"node\":");
+			print_string(out, b->node);
+			buf_printf(out, ",\"local\":%s}", b->local ? "true" : "false");
+		}
+		for (int i = 0; i < e->n_sources; i++)
+			buf_printf(out, "%s\"%s\"", i ? "," : "],\"sources\":[",
+				   cidr_text(&e->sources[i], text));
+		buf_printf(out, "],\"empty\":\"%s\",\"affinity_seconds\":%" PRIu32 "}",
+			   e->drop_if_empty ? "drop" : "reject", e->affinity);
 	}
 }
 
@@ -3531,51 +3327,49 @@ static void print_entries_text(struct buf *out, const struct entry *e, int n)
 	char text[INET6_ADDRSTRLEN + 4];
 
 	for (; n--; e++) {
-		buf_printf(out, "\nservice: %s/%s%s%s %s %s\n  frontends: ", e->ns, e->name,
+		buf_printf(out, "\nservice: %s/%s%s%s %s %s\n  frontends: %s", e->ns, e->name,
 			   *e->port ? " " : "", e->port, proto_name(e->proto),
-			   scope_name(e->scope));
-		for (int i = 0; i < e->n_frontends; i++) {
-			buf_printf(out, "%s", i ? ", " : "");
-			print_socket(out, &e->frontends[i].addr, e->frontends[i].port);
-		}
-		buf_printf(out, "%s\n", e->n_frontends ? "" : "(none)");
+			   scope_names[e->scope], e->n_frontends ? "" : "(none)");
+		for (int i = 0; i < e->n_frontends; i++)
+			print_socket(out, i ? ", " : "", &e->frontends[i].addr,
+				     e->frontends[i].port);
 		for (int i = 0; i < e->n_sources; i++)
-			buf_printf(out, "%s%s%s",
-				   i ? ", " : "  allowed from: ", cidr_text(&e->sources[i], text),
-				   i + 1 < e->n_sources ? "" : "\n");
+			buf_printf(out, "%s%s", i ? ", " : "\n  allowed from: ",
+				   cidr_text(&e->sources[i], text));
 		for (int i = 0; i < e->n_backends; i++) {
-			buf_printf(out, i ? "\n            " : "  backends: ");
-			print_socket(out, &e->backends[i].addr, e->backends[i].port);
-			if (*e->backends[i].node)
-				buf_printf(out, " on %s%s", e->backends[i].node,
-					   e->backends[i].local ? " (here)" : "");
+			const struct backend *b = &e->backends[i];
+
+			print_socket(out, i ? "\n            " : "\n  backends: ", &b->addr,
+				     b->port);
+			if (*b->node)
+				buf_printf(out, " on %s%s", b->node, b->local ? " (here)" : "");
 		}
 		if (!e->n_backends)
-			buf_printf(out, "  backends: (none), new flows are %s",
+			buf_printf(out, "\n  backends: (none), new flows are %s",
 				   e->drop_if_empty ? "dropped" : "rejected");
-		buf_printf(out, "\n");
 		if (e->affinity)
-			buf_printf(out, "  affinity: %" PRIu32 " seconds\n", e->affinity);
+			buf_printf(out, "\n  affinity: %" PRIu32 " seconds", e->affinity);
+		buf_printf(out, "\n");
 	}
 }
 
 /* What --dry-run prints. */
 static void print_dry_run(struct buf *out, struct model *m, bool json)
 {
-	struct resolved r = { 0 };
-	const char *zone = m->places.zone ? m->places.zone : "";
+	const char *node = m->places.node, *zone = m->places.zone;
+	static struct resolved r;
 	struct service **all;
 	bool first = true;
 	size_t n;
 
 	if (json) {
 		buf_printf(out, "{\"node\":");
-		print_string(out, m->places.node);
+		print_string(out, node);
 		buf_printf(out, ",\"zone\":");
 		print_string(out, zone);
 		buf_printf(out, ",\"services\":[");
 	} else {
-		buf_printf(out, "node: %s\nzone: %s\n", m->places.node, *zone ? zone : "(none)");
+		buf_printf(out, "node: %s\nzone: %s\n", node, *zone ? zone : "(none)");
 	}
 	all = model_sorted(m, &n);
 	for (size_t i = 0; i < n; i++) {
@@ -3586,10 +3380,8 @@ static void print_dry_run(struct buf *out, struct model *m, bool json)
 			print_entries_text(out, r.entries, r.n);
 		first &= !r.n;
 	}
-	if (json)
-		buf_printf(out, "]}\n");
+	buf_printf(out, json ? "]}\n" : "");
 	free(all);
-	resolved_free(&r);
 }
 /* === --from ================================================================
  * Objects from a file, read once from its beginning to its end, so that it may
@@ -3598,10 +3390,9 @@ struct from {
 	struct model *m;
 	struct split split;
 	struct json head, item;
-	struct object *got; /* the good ones, in their order */
-	size_t n, cap;
+	struct buf got;		/* struct object *: the good ones, in their order */
+	size_t before;		/* got.len before the list at hand */
 	size_t n_seen;		/* objects and items so far, to name one by its place */
-	size_t before;		/* how many of `got` stood before the list at hand */
 	unsigned list;		/* which "items" of it the others are from */
 	struct buf kindless;	/* its items that do not say all of what they are */
 	char flaw[sizeof(why)]; /* the first among its items: it counts if it is a List */
@@ -3628,6 +3419,7 @@ static int from_object(struct from *f, const struct json *j, const char *kind)
 {
 	int own = json_get(j, 0, "kind"), api = json_get(j, 0, "apiVersion");
 	int of = json_get(&f->head, 0, "apiVersion");
+	struct object *o;
 	enum kind k;
 
 	if (!json_is(j, 0, JSMN_OBJECT))
@@ -3636,25 +3428,36 @@ static int from_object(struct from *f, const struct json *j, const char *kind)
 		return fail("object %zu: kind must be given, as a string", f->n_seen);
 	if (api >= 0 && !json_is(j, api, JSMN_STRING))
 		return fail("object %zu: apiVersion must be a string", f->n_seen);
-	for (k = 0; k < N_KINDS; k++)
+	for (k = 0; k < N_READ; k++)
 		if ((own < 0 ? !strcmp(kind, kinds[k].name) : json_eq(j, own, kinds[k].name)) &&
 		    (api >= 0 ? json_eq(j, api, kinds[k].api) :
 				*kind && (of < 0 || json_eq(&f->head, of, kinds[k].api))))
 			break;
-	if (k == N_KINDS)
+	if (k == N_READ)
 		return j->flaw ? fail("object %zu %s", f->n_seen, j->flaw) : 0;
-	if (f->n == f->cap) {
-		f->cap = f->cap ? f->cap * 2 : 64;
-		f->got = mem(f->got, f->cap * sizeof(*f->got));
+	o = object_read(&f->m->filter, k, j, 0);
+	buf_add(&f->got, &o, sizeof(o));
+	return o->bad ? -1 : 0;
+}
+
+/* Ends what came from got.len `keep` on: to the model, or not. */
+static void from_give(struct from *f, size_t keep, bool good)
+{
+	for (size_t i = keep; i < f->got.len; i += sizeof(struct object *)) {
+		struct object *o = *(struct object **)(f->got.at + i);
+
+		if (good)
+			model_store(f->m, o);
+		else
+			free(o);
 	}
-	return object_read(&f->got[f->n++], &f->m->filter, k, j, 0);
+	f->got.len = keep;
 }
 
 /* The items so far do not count. */
 static void from_forget(struct from *f)
 {
-	while (f->n > f->before)
-		object_free(&f->got[--f->n]);
+	from_give(f, f->before, false);
 	f->kindless.len = 0;
 	f->flaw[0] = 0;
 }
@@ -3663,20 +3466,21 @@ static void from_forget(struct from *f)
 static void from_item(struct from *f)
 {
 	const struct split *s = &f->split;
+	struct json *j = &f->item;
 
 	if (f->list != s->n_lists)
 		from_forget(f);
 	f->list = s->n_lists;
 	if (f->flaw[0])
 		return;
-	json_take(&f->item, s);
-	if (from_list(&f->item))
+	json_take(j, s);
+	if (from_list(j))
 		fail("object %zu is a List in a List", f->n_seen);
-	else if (json_is(&f->item, 0, JSMN_OBJECT) && !f->item.flaw &&
-		 (json_get(&f->item, 0, "kind") < 0 || json_get(&f->item, 0, "apiVersion") < 0)) {
+	else if (json_is(j, 0, JSMN_OBJECT) && !j->flaw &&
+		 (json_get(j, 0, "kind") < 0 || json_get(j, 0, "apiVersion") < 0)) {
 		buf_add(&f->kindless, s->text, s->len);
 		return;
-	} else if (!from_object(f, &f->item, ""))
+	} else if (!from_object(f, j, ""))
 		return;
 	memcpy(f->flaw, why, sizeof(why));
 }
@@ -3685,65 +3489,56 @@ static void from_item(struct from *f)
 static int from_head(struct from *f)
 {
 	struct split again = { .shape = SPLIT_EVENTS };
+	struct json *j = &f->head;
 	const char *kind, *at = f->kindless.at;
-	size_t n;
-	int items;
+	size_t n = f->kindless.len;
+	int items, bad = 0;
 
-	json_take(&f->head, &f->split);
-	kind = from_list(&f->head);
+	json_take(j, &f->split);
+	kind = from_list(j);
 	if (!kind && f->split.size > MAX_OBJECT)
-		f->head.flaw = "is longer than 2 MiB";
-	items = json_get(&f->head, 0, "items");
-	if (!kind || items < 0 || f->list != f->split.n_lists)
+		j->flaw = "is longer than 2 MiB";
+	items = json_get(j, 0, "items");
+	if (!kind || items < 0 || f->list != f->split.n_lists) {
 		from_forget(f);
+		n = 0;
+	}
 	f->list = 0;
 	if (!kind)
-		return from_object(f, &f->head, "");
-	if (f->head.flaw || (items >= 0 && !json_is(&f->head, items, JSMN_ARRAY)))
-		return fail("%sList: %s", kind,
-			    f->head.flaw ? f->head.flaw : "items must be an array");
+		return from_object(f, j, "");
+	if (j->flaw || (items >= 0 && !json_is(j, items, JSMN_ARRAY)))
+		return fail("%sList: %s", kind, j->flaw ? j->flaw : "items must be an array");
 	if (f->flaw[0])
 		return fail("%s", f->flaw);
-	n = f->kindless.len;
-	while (n && split_feed(&again, &at, &n) == SPLIT_ITEM)
-		if (json_take(&f->item, &again) || from_object(f, &f->item, kind)) {
-			split_free(&again);
-			return -1;
-		}
+	while (n && !bad && split_feed(&again, &at, &n) == SPLIT_ITEM)
+		bad = json_take(&f->item, &again) || from_object(f, &f->item, kind);
 	split_free(&again);
-	return 0;
-}
-
-static int from_bytes(struct from *f, const char *at, size_t n)
-{
-	enum split_got got;
-	int bad = 0;
-
-	while (!bad && (got = split_feed(&f->split, &at, &n)) != SPLIT_MORE) {
-		f->n_seen++;
-		if (got == SPLIT_ITEM) {
-			from_item(f);
-		} else {
-			bad = got == SPLIT_BAD ? -1 : from_head(f);
-			f->kindless.len = 0;
-			f->before = f->n;
-		}
-	}
-	return bad;
+	return -bad;
 }
 
 static int from_stream(struct from *f, FILE *in)
 {
 	char bytes[16384];
+	enum split_got got;
 	bool first = true;
 	size_t n;
 
-	while ((n = fread(bytes, 1, sizeof(bytes), in)) > 0) {
+	for (; (n = fread(bytes, 1, sizeof(bytes), in)) > 0; first = false) {
 		size_t mark = first && n >= 3 && !memcmp(bytes, "\xef\xbb\xbf", 3) ? 3 : 0;
+		const char *at = bytes + mark;
 
-		first = false;
-		if (from_bytes(f, bytes + mark, n - mark))
-			return -1;
+		n -= mark;
+		while ((got = split_feed(&f->split, &at, &n)) != SPLIT_MORE) {
+			f->n_seen++;
+			if (got == SPLIT_ITEM) {
+				from_item(f);
+				continue;
+			}
+			if (got == SPLIT_BAD || from_head(f))
+				return -1;
+			f->kindless.len = 0;
+			f->before = f->got.len;
+		}
 	}
 	if (ferror(in))
 		return fail("%s", strerror(errno));
@@ -3762,18 +3557,14 @@ static int from_read(struct model *m, const char *file)
 
 	if (in && in != stdin)
 		fclose(in);
-	for (enum kind k = 0; k < N_KINDS && !got; k++)
+	for (enum kind k = 0; k < N_READ && !got; k++)
 		model_mark(m, k);
-	for (size_t i = 0; i < f.n; i++) {
-		if (!got)
-			model_store(m, &f.got[i]);
-		object_free(&f.got[i]);
-	}
-	for (enum kind k = 0; k < N_KINDS && !got; k++)
+	from_give(&f, 0, !got);
+	for (enum kind k = 0; k < N_READ && !got; k++)
 		model_sweep(m, k);
-	free(f.got);
 	free(f.head.tok);
 	free(f.item.tok);
+	buf_free(&f.got);
 	buf_free(&f.kindless);
 	split_free(&f.split);
 	return got ? fail("%s: %s", strcmp(file, "-") ? file : "stdin", why) : 0;
@@ -3833,6 +3624,7 @@ static struct maps {
 	int fd[N_MAPS];
 	struct table shared;
 	struct buf dying; /* struct dying, in the order of their ends */
+	struct buf ranges; /* elements of net_map that are no service's; sorted */
 	int64_t again_at; /* when services that `failed` are written again; INT64_MAX: none did */
 	struct buf udp;	  /* uint64_t: what maps_flush_udp may keep, see udp_mark */
 	bool udp_changed;
@@ -4120,6 +3912,32 @@ static void maps_put(struct maps *m, void **memory, const struct entry *entries,
 		free(new);
 }
 
+/* Brings net_map to these ranges (rule 16), under scope 0. */
+static void maps_put_ranges(struct maps *m, const struct cidr *range, size_t n)
+{
+	struct buf new = { 0 };
+	uint32_t one = 1;
+
+	for (; n--; range++) {
+		struct element e = { .map = NET_MAP, .net.prefixlen = 64 + range->bits };
+
+		memcpy(&e.net.addr, &range->addr, sizeof(e.net.addr));
+		if (bpf_map_update_elem(m->fd[NET_MAP], e.bytes, &one, BPF_ANY))
+			warn("net_map did not take a range of services: %s", strerror(errno));
+		buf_add(&new, &e, sizeof(e));
+	}
+	n = new.len ? elements_sort((struct element *)new.at, new.len / sizeof(struct element)) : 0;
+	new.len = n * sizeof(struct element);
+	for (size_t i = 0; i < m->ranges.len; i += sizeof(struct element)) {
+		const struct element *old = (struct element *)(m->ranges.at + i);
+
+		if (!element_in(old, (struct element *)new.at, n))
+			bpf_map_delete_elem(m->fd[NET_MAP], old->bytes);
+	}
+	buf_free(&m->ranges);
+	m->ranges = new;
+}
+
 /* When maps_tick is to be called. */
 static int64_t maps_deadline(const struct maps *m)
 {
@@ -4235,22 +4053,6 @@ static void map_sweep(struct maps *m, enum map map, const struct element *known,
 	}
 }
 
-/* Ranges that are ours whatever stands in them (rule 16): an address of theirs that no
- * service has is dropped. */
-static void write_ranges(struct maps *m, struct buf *known)
-{
-	uint32_t one = 1;
-
-	for (int i = opt.has_vip_range ? -1 : 0; i < opt.n_maps; i++) {
-		const struct cidr *range = i < 0 ? &opt.vip_range : &opt.maps[i].from;
-		struct element e = { .map = NET_MAP, .net.prefixlen = 64 + range->bits };
-
-		memcpy(&e.net.addr, &range->addr, sizeof(e.net.addr));
-		bpf_map_update_elem(m->fd[NET_MAP], e.bytes, &one, BPF_ANY);
-		buf_add(known, &e, sizeof(e));
-	}
-}
-
 /* Once, after everything was written for the first time. */
 static void maps_adopt(struct maps *m, struct table *services)
 {
@@ -4266,7 +4068,8 @@ static void maps_adopt(struct maps *m, struct table *services)
 	}
 	TABLE_EACH (&m->shared, l)
 		buf_add(&known, &((struct shared *)l)->element, sizeof(struct element));
-	write_ranges(m, &known);
+	if (m->ranges.len)
+		buf_add(&known, m->ranges.at, m->ranges.len);
 	at = (struct element *)known.at;
 	n = elements_sort(at, known.len / sizeof(*at));
 	for (enum map map = TEXT_MAP; map <= SVC_MAP; map++)
@@ -4289,6 +4092,13 @@ static bool maps_sync(struct maps *m, struct model *model)
 		changed = true;
 		if (s->gone)
 			model_forget(model, s);
+	}
+	if (model->ranges_changed) {
+		struct buf ranges = model_ranges(model);
+
+		maps_put_ranges(m, (struct cidr *)ranges.at, ranges.len / sizeof(struct cidr));
+		buf_free(&ranges);
+		changed = true;
 	}
 	if (changed || !m->adopted)
 		maps_flush_udp(m);
@@ -6147,7 +5957,7 @@ static void sync_now(struct agent *a)
 	a->status.changed = time(NULL);
 	status_write(a);
 	if (first)
-		note("%zu services and %zu slices from %s", a->model.services.n, a->model.slices.n,
+		note("%zu services and %zu slices from %s", a->model.n_of[SERVICES], a->model.n_of[SLICES],
 		     a->status.source);
 	ifaces_attach(a);
 }
