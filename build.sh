@@ -354,7 +354,8 @@ mbedtls_config() {
 		#define MBEDTLS_HAVE_TIME_DATE
 
 		/* TLS 1.2 and 1.3, client, ECDHE with a certificate. A server may
-		 * send records of 16 kB; ours are requests, and small. Tickets are
+		 * send records of 16 kB; ours are requests, and one chain of client
+		 * certificates, which mbedTLS does not split. Tickets are
 		 * ignored when they come: we keep connections, not sessions. */
 		#define MBEDTLS_SSL_TLS_C
 		#define MBEDTLS_SSL_CLI_C
@@ -370,7 +371,7 @@ mbedtls_config() {
 		#define MBEDTLS_SSL_ALL_ALERT_MESSAGES
 		#define MBEDTLS_SSL_KEEP_PEER_CERTIFICATE /* TLS 1.3 demands it */
 		#define MBEDTLS_SSL_IN_CONTENT_LEN 16384
-		#define MBEDTLS_SSL_OUT_CONTENT_LEN 4096
+		#define MBEDTLS_SSL_OUT_CONTENT_LEN 8192
 
 		/* Certificates and keys, from memory: PEM of PKCS8, SEC1, PKCS1. */
 		#define MBEDTLS_X509_USE_C

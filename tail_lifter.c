@@ -52,6 +52,7 @@
 #include <linux/netlink.h>
 #include <linux/pkt_sched.h>
 #include <linux/rtnetlink.h>
+#include <mbedtls/base64.h>
 #include <mbedtls/entropy.h>
 #include <mbedtls/net_sockets.h>
 #include <mbedtls/psa_util.h>
@@ -81,10 +82,10 @@
 #include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/sysmacros.h>
 #include <sys/types.h>
 #include <sys/vfs.h>
-#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -251,33 +252,19 @@ static bool addr_is_v4(const struct in6_addr *a)
  * that denotes a v4-mapped address is IPv4, as in Go's net.ParseIP. */
 static bool addr_parse(const char *s, size_t n, struct in6_addr *a)
 {
-	char text[INET6_ADDRSTRLEN];
-	unsigned char v4[4];
-	size_t i = 0;
+	bool v6 = n && memchr(s, ':', n);
+	char text[64];
+	size_t len = 0;
 
-	if (!n || n >= 64 || memchr(s, 0, n))
+	*a = (struct in6_addr){ .s6_addr[10] = 0xff, .s6_addr[11] = 0xff };
+	if (n >= sizeof(text) || (n && memchr(s, 0, n)))
 		return false;
-	if (memchr(s, ':', n)) {
-		if (n >= sizeof(text))
-			return false;
-		memcpy(text, s, n);
-		text[n] = 0;
-		return inet_pton(AF_INET6, text, a) == 1;
-	}
-	for (int part = 0; part < 4; part++) {
-		size_t start = i;
-		unsigned v = 0;
-
-		for (; i < n && isdigit((unsigned char)s[i]) && v < 256; i++)
-			v = v * 10 + (s[i] - '0');
-		if (i == start || v > 255 || (part < 3 ? i >= n || s[i++] != '.' : i != n))
-			return false;
-		v4[part] = v;
-	}
-	memset(a, 0, 10);
-	memset(a->s6_addr + 10, 0xff, 2);
-	memcpy(a->s6_addr + 12, v4, 4);
-	return true;
+	for (size_t i = 0; i < n; i++) /* all but leading zeros, which inet_pton refuses */
+		if (v6 || s[i] != '0' || (len && text[len - 1] != '.') || i + 1 == n ||
+		    !isdigit((unsigned char)s[i + 1]))
+			text[len++] = s[i];
+	text[len] = 0;
+	return inet_pton(v6 ? AF_INET6 : AF_INET, text, v6 ? a->s6_addr : a->s6_addr + 12) == 1;
 }
 
 /* The text of an address (RFC 5952); `text` has INET6_ADDRSTRLEN bytes and is
@@ -331,22 +318,19 @@ static bool cidr_has(const struct cidr *c, const struct in6_addr *a)
  * v4-mapped IPv6 text is refused: its length would be ambiguous. */
 static bool cidr_parse(const char *s, size_t n, struct cidr *c)
 {
-	const char *slash = memchr(s, '/', n);
-	size_t digits = slash ? s + n - (slash + 1) : 0;
+	const char *slash = memchr(s, '/', n), *end = s + n, *digits = slash ? slash + 1 : end;
 	unsigned bits = 0, width;
 
-	if (!slash || !addr_parse(s, slash - s, &c->addr) || !digits || digits > 3)
+	*c = (struct cidr){ 0 };
+	if (digits == end || end - digits > 3 || !addr_parse(s, slash - s, &c->addr))
 		return false;
-	for (size_t i = 1; i <= digits; i++) {
-		if (!isdigit((unsigned char)slash[i]))
+	for (const char *d = digits; d < end; bits = bits * 10 + (*d++ - '0'))
+		if (!isdigit((unsigned char)*d))
 			return false;
-		bits = bits * 10 + (slash[i] - '0');
-	}
-	if (addr_is_v4(&c->addr) && memchr(s, ':', slash - s))
-		return false;
 	width = addr_is_v4(&c->addr) ? 32 : 128;
 	c->bits = 128 - width + bits;
-	return bits <= width && (digits == 1 || slash[1] != '0');
+	return bits <= width && (*digits != '0' || end - digits == 1) &&
+		(width == 128 || !memchr(s, ':', n));
 }
 
 static bool cidr_overlap(const struct cidr *a, const struct cidr *b)
@@ -402,9 +386,8 @@ struct pem {
 	char from[256];
 };
 
-/* What connections share; freed by the last that holds it. */
+/* What connections share; it must outlive them. */
 struct tls_trust {
-	int refs;
 	mbedtls_ssl_config conf;
 	mbedtls_x509_crt ca, cert;
 	mbedtls_pk_context key;
@@ -424,9 +407,8 @@ struct tls { /* all zero: closed */
 	uint32_t want;		 /* EPOLLIN or EPOLLOUT: call again when the socket can */
 	struct tls_trust *trust; /* NULL: in the clear */
 	mbedtls_ssl_context ssl;
-	char name[256];	    /* what the certificate must be made out to */
-	char first[6];	    /* the first bytes of the server, if they are no TLS */
-	bool heard, blamed; /* it said something; `why` tells what its certificate lacks */
+	char name[256]; /* what the certificate must be made out to */
+	bool blamed;	/* `why` tells what its certificate lacks */
 };
 
 /* mbedTLS seeds itself by this (MBEDTLS_ENTROPY_HARDWARE_ALT): /dev/random,
@@ -434,19 +416,8 @@ struct tls { /* all zero: closed */
 int mbedtls_hardware_poll(void *data, unsigned char *out, size_t len, size_t *n)
 {
 	(void)data;
-	*n = getentropy(out, len < 256 ? len : 256) ? 0 : len < 256 ? len : 256;
-	return *n ? 0 : MBEDTLS_ERR_ENTROPY_SOURCE_FAILED;
-}
-
-static bool cpu_has_aes(void)
-{
-#if defined(__x86_64__)
-	return __builtin_cpu_supports("aes");
-#elif defined(__aarch64__)
-	return getauxval(AT_HWCAP) & 1 << 3;
-#else
-	return getauxval(AT_HWCAP2) & 1;
-#endif
+	*n = len < 256 ? len : 256;
+	return getentropy(out, *n) ? MBEDTLS_ERR_ENTROPY_SOURCE_FAILED : 0;
 }
 
 /* The names and addresses a certificate is made out to: "a.b, 127.0.0.1". */
@@ -473,22 +444,20 @@ static int tls_on_certificate(void *conn, mbedtls_x509_crt *crt, int depth, uint
 	struct tls *t = conn;
 	struct buf names = { 0 };
 	time_t clock = time(NULL);
-	struct tm now;
+	char now[32];
 
 	if (!*flags || t->blamed)
 		return 0;
 	t->blamed = true;
-	gmtime_r(&clock, &now);
+	strftime(now, sizeof(now), "%Y-%m-%d %H:%M", gmtime(&clock));
 	x509_names(crt, &names);
 	if (*flags & MBEDTLS_X509_BADCERT_NOT_TRUSTED)
 		fail("the server's certificate is not signed by the CA in %s: take this cluster's "
 		     "CA", t->trust->ca_from);
 	else if (*flags & (MBEDTLS_X509_BADCERT_EXPIRED | MBEDTLS_X509_BADCERT_FUTURE))
 		fail("the %s certificate is valid from %d-%02d-%02d to %d-%02d-%02d, but the clock "
-		     "here says %d-%02d-%02d %02d:%02d UTC: set the clock, or renew it",
-		     depth ? "CA's" : "server's", from->year, from->mon, from->day, to->year,
-		     to->mon, to->day, now.tm_year + 1900, now.tm_mon + 1, now.tm_mday, now.tm_hour,
-		     now.tm_min);
+		     "here says %s UTC: set the clock, or renew it", depth ? "CA's" : "server's",
+		     from->year, from->mon, from->day, to->year, to->mon, to->day, now);
 	else if (*flags & MBEDTLS_X509_BADCERT_CN_MISMATCH)
 		fail("the server's certificate is for %s, not for %s: use one of these as server "
 		     "or tls-server-name", names.len ? names.at : "nobody", t->name);
@@ -500,7 +469,7 @@ static int tls_on_certificate(void *conn, mbedtls_x509_crt *crt, int depth, uint
 
 static void tls_trust_free(struct tls_trust *t)
 {
-	if (!t || --t->refs)
+	if (!t)
 		return;
 	mbedtls_ssl_config_free(&t->conf);
 	mbedtls_x509_crt_free(&t->ca);
@@ -534,8 +503,7 @@ static int tls_parse(struct tls_trust *t, const struct pem *ca, const struct pem
 	return mbedtls_ssl_conf_own_cert(&t->conf, &t->cert, &t->key);
 }
 
-/* CA, client certificate and key (the last two may be empty), checked, with one
- * reference; NULL with why. */
+/* CA, client certificate and key (the last two may be empty), checked; NULL with why. */
 static struct tls_trust *tls_trust_new(const struct pem *ca, const struct pem *cert,
 				       const struct pem *key)
 {
@@ -547,19 +515,8 @@ static struct tls_trust *tls_trust_new(const struct pem *ca, const struct pem *c
 		MBEDTLS_TLS1_3_SIG_RSA_PKCS1_SHA256, MBEDTLS_TLS1_3_SIG_RSA_PKCS1_SHA384,
 		MBEDTLS_TLS1_3_SIG_RSA_PKCS1_SHA512, MBEDTLS_TLS1_3_SIG_RSA_PSS_RSAE_SHA256,
 		MBEDTLS_TLS1_3_SIG_RSA_PSS_RSAE_SHA384, MBEDTLS_TLS1_3_SIG_RSA_PSS_RSAE_SHA512, 0 };
-	/* mbedTLS prefers ChaCha20, rightly where the CPU has no AES. */
-	static const int aes_first[] = {
-		MBEDTLS_TLS1_3_AES_128_GCM_SHA256, MBEDTLS_TLS1_3_AES_256_GCM_SHA384,
-		MBEDTLS_TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256,
-		MBEDTLS_TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256,
-		MBEDTLS_TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384,
-		MBEDTLS_TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384,
-		MBEDTLS_TLS1_3_CHACHA20_POLY1305_SHA256,
-		MBEDTLS_TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256,
-		MBEDTLS_TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256, 0 };
 	struct tls_trust *t = memset(mem(NULL, sizeof(*t)), 0, sizeof(*t));
 
-	t->refs = 1;
 	memcpy(t->ca_from, ca->from, sizeof(t->ca_from));
 	mbedtls_ssl_config_init(&t->conf);
 	mbedtls_x509_crt_init(&t->ca);
@@ -577,8 +534,6 @@ static struct tls_trust *tls_trust_new(const struct pem *ca, const struct pem *c
 	mbedtls_ssl_conf_authmode(&t->conf, MBEDTLS_SSL_VERIFY_REQUIRED);
 	mbedtls_ssl_conf_ca_chain(&t->conf, &t->ca, NULL);
 	mbedtls_ssl_conf_sig_algs(&t->conf, signatures);
-	if (cpu_has_aes())
-		mbedtls_ssl_conf_ciphersuites(&t->conf, aes_first);
 	return t;
 }
 
@@ -599,48 +554,40 @@ static int tls_recv(void *conn, unsigned char *at, size_t n)
 	ssize_t r = recv(t->fd, at, n, 0);
 
 	t->error = errno;
-	if (r > 0 && !t->heard && at[0] != 0x15 && at[0] != 0x16) /* neither alert nor handshake */
-		memcpy(t->first, at, r < 5 ? r : 5);
-	t->heard |= r > 0;
 	if (r < 0)
 		return errno == EAGAIN ? MBEDTLS_ERR_SSL_WANT_READ : MBEDTLS_ERR_NET_RECV_FAILED;
 	return r;
 }
 
-/* A fatal alert of the server. */
-static int tls_alert(int alert)
-{
-	if ((alert >= 42 && alert <= 46) || alert == 48 || alert == 49 || alert == 116)
-		return fail("the server does not take our client certificate, or wants one (TLS "
-			    "alert %d): is it this cluster's, and in force?", alert);
-	return fail("the server breaks TLS off (alert %d)%s", alert,
-		    alert != 40 && alert != 70 && alert != 71 ? "" :
-		    ": no version or cipher in common, or it wants a client certificate");
-}
-
 /* mbedTLS's error, or errno behind it, as one line. */
 static int tls_explain(struct tls *t, int r)
 {
+	const unsigned char *head = t->ssl.MBEDTLS_PRIVATE(in_hdr);
+	bool shaking = t->state == TLS_SHAKING;
 	unsigned char raw[24] = ""; /* what mbedTLS did not come to read */
+	int alert = -1;
 
 	if (r == MBEDTLS_ERR_X509_CERT_VERIFY_FAILED && t->blamed)
 		return -1; /* `why` stands already */
-	if (t->state == TLS_SHAKING && recv(t->fd, raw, sizeof(raw) - 1, 0) == 7 && raw[0] == 0x15)
-		return tls_alert(raw[6]);
-	if (*t->first)
-		return fail("the server does not speak TLS (it begins with \"%s%s\"): is this the "
-			    "API server's port, or is http:// meant?", t->first, raw);
-	if (t->trust && t->state == TLS_OPEN && r == MBEDTLS_ERR_NET_SEND_FAILED &&
-	    mbedtls_ssl_read(&t->ssl, raw, 1) == MBEDTLS_ERR_SSL_FATAL_ALERT_MESSAGE)
-		r = MBEDTLS_ERR_SSL_FATAL_ALERT_MESSAGE;
+	if (shaking && recv(t->fd, raw, sizeof(raw) - 1, 0) == 7 && raw[0] == 0x15)
+		alert = raw[6];
+	else if (shaking && isprint(*head))
+		return fail("the server does not speak TLS (it begins with \"%.5s%s\"): is this "
+			    "the API server's port, or is http:// meant?", head, raw);
+	else if (t->trust && !shaking && r == MBEDTLS_ERR_NET_SEND_FAILED &&
+		 mbedtls_ssl_read(&t->ssl, raw, 1) == MBEDTLS_ERR_SSL_FATAL_ALERT_MESSAGE)
+		r = MBEDTLS_ERR_SSL_FATAL_ALERT_MESSAGE; /* it had said why before it closed */
 	if (r == MBEDTLS_ERR_SSL_FATAL_ALERT_MESSAGE)
-		return tls_alert(t->ssl.MBEDTLS_PRIVATE(in_msg)[1]);
-	if (r == MBEDTLS_ERR_NET_RECV_FAILED || r == MBEDTLS_ERR_NET_SEND_FAILED)
-		return fail("the connection broke (%s)%s", strerror(t->error),
-			    t->state != TLS_SHAKING ? "" :
-			    " in the TLS handshake: does the server take our client certificate?");
-	if (r == MBEDTLS_ERR_SSL_CONN_EOF)
-		return fail("the server closed the connection within the TLS handshake");
+		alert = t->ssl.MBEDTLS_PRIVATE(in_msg)[1];
+	if (alert >= 0)
+		return fail("the server breaks TLS off (alert %d): does it want a client "
+			    "certificate, of this cluster and in force? Else it has no version or "
+			    "cipher in common with us", alert);
+	if (r == MBEDTLS_ERR_NET_RECV_FAILED || r == MBEDTLS_ERR_NET_SEND_FAILED ||
+	    r == MBEDTLS_ERR_SSL_CONN_EOF)
+		return fail("the connection broke (%s)%s",
+			    r == MBEDTLS_ERR_SSL_CONN_EOF ? "closed" : strerror(t->error), !shaking ?
+			    "" : " in the TLS handshake: does the server take our client certificate?");
 	if (r == MBEDTLS_ERR_SSL_BAD_CERTIFICATE)
 		return fail("the server's certificate is not made for servers");
 	return fail("TLS failed (mbedTLS -0x%04x)", -r);
@@ -659,7 +606,6 @@ static void tls_close(struct tls *t)
 		mbedtls_ssl_close_notify(&t->ssl);
 	if (t->state != TLS_CLOSED) {
 		mbedtls_ssl_free(&t->ssl);
-		tls_trust_free(t->trust);
 		close(t->fd);
 	}
 	*t = (struct tls){ 0 };
@@ -687,21 +633,34 @@ static int tls_connect(struct tls *t, struct tls_trust *trust, const struct in6_
 	t->fd = socket(v4 ? AF_INET : AF_INET6, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
 	for (size_t i = 0; i < ARRAY_SIZE(options); i++)
 		setsockopt(t->fd, options[i][0], options[i][1], &options[i][2], sizeof(int));
-	if (trust) {
-		trust->refs++;
-		mbedtls_ssl_set_bio(&t->ssl, t, tls_send, tls_recv, NULL);
-		mbedtls_ssl_set_verify(&t->ssl, tls_on_certificate, t);
-	}
 	if (t->fd < 0 ||
 	    (connect(t->fd, to, v4 ? sizeof(to4) : sizeof(to6)) && errno != EINPROGRESS))
 		tcp_explain(errno);
 	else if (trust && (mbedtls_ssl_setup(&t->ssl, &trust->conf) ||
 			   mbedtls_ssl_set_hostname(&t->ssl, name)))
 		fail("mbedTLS does not start a connection to %s", name);
-	else
+	else {
+		mbedtls_ssl_set_bio(&t->ssl, t, tls_send, tls_recv, NULL);
+		mbedtls_ssl_set_verify(&t->ssl, tls_on_certificate, t);
 		return 0;
+	}
 	tls_close(t);
 	return -1;
+}
+
+#define TLS_END (-2)
+
+/* What mbedTLS returned means: bytes, 0 wait for t->want, TLS_END no more will
+ * come, -1 with why. */
+static ssize_t tls_result(struct tls *t, int r)
+{
+	t->want = r == MBEDTLS_ERR_SSL_WANT_WRITE ? EPOLLOUT : EPOLLIN;
+	if (r == MBEDTLS_ERR_SSL_WANT_WRITE || r == MBEDTLS_ERR_SSL_WANT_READ)
+		return 0;
+	if (t->state == TLS_OPEN && (r == 0 || r == MBEDTLS_ERR_SSL_CONN_EOF ||
+				     r == MBEDTLS_ERR_SSL_PEER_CLOSE_NOTIFY))
+		return TLS_END;
+	return r > 0 ? r : tls_explain(t, r);
 }
 
 /* Connect and handshake go on: 1 open, 0 wait for t->want, -1 with why. */
@@ -713,32 +672,13 @@ static int tls_progress(struct tls *t)
 	if (t->state == TLS_CONNECTING) {
 		if (getsockopt(t->fd, SOL_SOCKET, SO_ERROR, &t->error, &n) || t->error)
 			return tcp_explain(t->error);
-		t->state = t->trust ? TLS_SHAKING : TLS_OPEN;
+		t->state = TLS_SHAKING;
 	}
-	if (t->state == TLS_SHAKING) {
-		r = mbedtls_ssl_handshake(&t->ssl);
-		t->want = r == MBEDTLS_ERR_SSL_WANT_WRITE ? EPOLLOUT : EPOLLIN;
-		if (r == MBEDTLS_ERR_SSL_WANT_WRITE || r == MBEDTLS_ERR_SSL_WANT_READ)
-			return 0;
-		if (r)
-			return tls_explain(t, r);
-		t->state = TLS_OPEN;
-	}
+	r = t->trust ? mbedtls_ssl_handshake(&t->ssl) : 0;
+	if (r)
+		return tls_result(t, r);
+	t->state = TLS_OPEN;
 	return 1;
-}
-
-#define TLS_END (-2)
-
-/* What a read or write of mbedTLS means: bytes, 0 wait for t->want, TLS_END no
- * more will come, -1 with why. */
-static ssize_t tls_result(struct tls *t, int r)
-{
-	t->want = r == MBEDTLS_ERR_SSL_WANT_WRITE ? EPOLLOUT : EPOLLIN;
-	if (r == MBEDTLS_ERR_SSL_WANT_WRITE || r == MBEDTLS_ERR_SSL_WANT_READ)
-		return 0;
-	if (r == 0 || r == MBEDTLS_ERR_SSL_CONN_EOF || r == MBEDTLS_ERR_SSL_PEER_CLOSE_NOTIFY)
-		return TLS_END;
-	return r > 0 ? r : tls_explain(t, r);
 }
 
 /* Writes what it can. After 0 the same bytes must be offered again. */
@@ -784,7 +724,7 @@ enum http_state {
 	HTTP_DONE,
 };
 
-struct http { /* all zero but `line`: before an answer */
+struct http { /* all zero: before an answer */
 	enum http_state state;
 	int status;
 	bool keeps;	 /* the connection can carry another request */
@@ -816,11 +756,17 @@ static void http_get(struct buf *out, const char *host, const char *target, cons
 	buf_printf(out, "\r\n");
 }
 
+static int http_alien(const char *line)
+{
+	return fail("this is no HTTP/1.1: the answer begins with \"%.20s\"%s", line,
+		    *line == 0x15 ? "; is https:// meant?" : "");
+}
+
 /* One whole line in h->line, without its end: 1, 0 more is needed, -1 why. */
 static int http_line(struct http *h, const char **at, size_t *n)
 {
 	const char *end = memchr(*at, '\n', *n);
-	size_t take = end ? (size_t)(end + 1 - *at) : *n;
+	size_t take = end ? (size_t)(end + 1 - *at) : *n, len;
 
 	h->head += h->state == HTTP_CHUNK_SIZE || h->state == HTTP_CHUNK_END ? 0 : take;
 	if (h->line.len + take > MAX_HTTP_LINE || h->head > MAX_HTTP_HEAD)
@@ -829,15 +775,14 @@ static int http_line(struct http *h, const char **at, size_t *n)
 	buf_add(&h->line, *at, take);
 	*at += take;
 	*n -= take;
-	if (h->state == HTTP_STATUS &&
-	    strncmp(h->line.at, "HTTP/1.", h->line.len < 7 ? h->line.len : 7))
-		return fail("this is no HTTP/1.1: the answer begins with \"%.20s\"%s", h->line.at,
-			    *h->line.at == 0x15 ? "; is https:// meant?" : "");
+	len = h->line.len;
+	if (h->state == HTTP_STATUS && strncmp(h->line.at, "HTTP/1.", len < 7 ? len : 7))
+		return http_alien(h->line.at); /* at once, for it may never send a line's end */
 	if (!end)
 		return 0;
-	h->line.len -= h->line.len > 1 && h->line.at[h->line.len - 2] == '\r' ? 2 : 1;
-	h->line.at[h->line.len] = 0;
-	for (size_t i = 0; i < h->line.len; i++)
+	len -= len > 1 && h->line.at[len - 2] == '\r' ? 2 : 1;
+	h->line.at[h->line.len = len] = 0;
+	for (size_t i = 0; i < len; i++)
 		if (iscntrl((unsigned char)h->line.at[i]) && h->line.at[i] != '\t')
 			return fail("a control character in the answer's head: \"%s\"", h->line.at);
 	return 1;
@@ -849,7 +794,7 @@ static int http_status(struct http *h, const char *s)
 
 	if (sscanf(s, "HTTP/1.%*1[0-9] %3d%n", &h->status, &n) != 1 || n != 12 || h->status < 100 ||
 	    (s[12] && s[12] != ' '))
-		return fail("this is no HTTP/1.1: the answer begins with \"%.20s\"", s);
+		return http_alien(s);
 	h->keeps = s[7] != '0';
 	h->state = HTTP_HEADERS;
 	return 0;
@@ -867,12 +812,12 @@ static int http_header(struct http *h, char *s)
 	while (end > value && (end[-1] == ' ' || end[-1] == '\t'))
 		*--end = 0;
 	if (!strcasecmp(s, "Content-Length")) {
-		uint64_t before = h->has_length ? h->left : strtoull(value, NULL, 10);
+		uint64_t length = strtoull(value, NULL, 10);
 
-		h->left = strtoull(value, NULL, 10);
 		if (!*value || value[strspn(value, "0123456789")] || strlen(value) > 18 ||
-		    h->left != before)
+		    (h->has_length && h->left != length))
 			return fail("a Content-Length that is none: \"%.40s\"", value);
+		h->left = length;
 		h->has_length = true;
 	} else if (!h->chunked && !strcasecmp(s, "Transfer-Encoding") &&
 		   !strcasecmp(value, "chunked")) {
@@ -895,19 +840,17 @@ static int http_header(struct http *h, char *s)
 /* The head is whole: how does the body come (RFC 9112, 6.3)? */
 static int http_framing(struct http *h)
 {
+	if (h->chunked && h->has_length)
+		return fail("the answer has both a Content-Length and chunks");
 	if (h->status < 200 && h->status != 101) { /* an interim answer; the real one follows */
 		h->state = HTTP_STATUS;
 		h->has_length = h->chunked = false;
-		return 0;
+	} else if (h->status == 101 || h->status == 204 || h->status == 304) {
+		h->state = HTTP_DONE; /* these have no body */
+	} else {
+		h->state = h->chunked ? HTTP_CHUNK_SIZE :
+			h->has_length ? HTTP_LENGTH : HTTP_UNTIL_CLOSE;
 	}
-	if (h->chunked && h->has_length)
-		return fail("the answer has both a Content-Length and chunks");
-	if (h->status == 101 || h->status == 204 || h->status == 304) { /* have no body */
-		h->left = h->chunked = 0;
-		h->has_length = true;
-	}
-	h->state = h->chunked ? HTTP_CHUNK_SIZE : h->has_length ? HTTP_LENGTH : HTTP_UNTIL_CLOSE;
-	h->keeps = h->keeps && h->state != HTTP_UNTIL_CLOSE;
 	return 0;
 }
 
@@ -920,6 +863,25 @@ static int http_chunk_size(struct http *h, const char *s)
 	h->left = strtoull(s, NULL, 16);
 	h->state = h->left ? HTTP_CHUNK : HTTP_TRAILERS;
 	return 0;
+}
+
+/* h->line is whole: on to the next state. */
+static int http_step(struct http *h)
+{
+	switch (h->state) {
+	case HTTP_STATUS:
+		return http_status(h, h->line.at);
+	case HTTP_HEADERS:
+		return h->line.len ? http_header(h, h->line.at) : http_framing(h);
+	case HTTP_CHUNK_SIZE:
+		return http_chunk_size(h, h->line.at);
+	case HTTP_CHUNK_END:
+		h->state = HTTP_CHUNK_SIZE;
+		return h->line.len ? fail("a chunk is longer than its size said") : 0;
+	default: /* trailers */
+		h->state = h->line.len ? HTTP_TRAILERS : HTTP_DONE;
+		return 0;
+	}
 }
 
 /* Takes bytes from *at, *n (both advance) until something can be told:
@@ -948,24 +910,11 @@ static enum http_got http_feed(struct http *h, const char **at, size_t *n, const
 			return HTTP_BODY;
 		}
 		r = http_line(h, at, n);
-		if (r <= 0)
-			return r ? HTTP_BAD : HTTP_MORE;
-		r = 0;
-		if (was == HTTP_STATUS)
-			r = http_status(h, h->line.at);
-		else if (was == HTTP_HEADERS)
-			r = h->line.len ? http_header(h, h->line.at) : http_framing(h);
-		else if (was == HTTP_CHUNK_SIZE)
-			r = http_chunk_size(h, h->line.at);
-		else if (was == HTTP_CHUNK_END && h->line.len)
-			r = fail("a chunk is longer than its size said");
-		else if (was == HTTP_CHUNK_END)
-			h->state = HTTP_CHUNK_SIZE;
-		else if (!h->line.len)
-			h->state = HTTP_DONE;
-		buf_reset(&h->line, 512);
-		if (r < 0)
+		if (!r)
+			return HTTP_MORE;
+		if (r < 0 || http_step(h))
 			return HTTP_BAD;
+		buf_reset(&h->line, 512);
 		if (was == HTTP_HEADERS && h->state > HTTP_HEADERS)
 			return HTTP_HEAD;
 	}
@@ -977,9 +926,10 @@ static enum http_got http_eof(struct http *h)
 {
 	if (h->state == HTTP_UNTIL_CLOSE)
 		return HTTP_END;
-	if (h->state == HTTP_STATUS && !h->head)
-		return fail("the server closed the connection without an answer"), HTTP_BAD;
-	return fail("the connection ended in the middle of the answer"), HTTP_BAD;
+	fail(h->state == HTTP_STATUS && !h->head ?
+		     "the server closed the connection without an answer" :
+		     "the connection ended in the middle of the answer");
+	return HTTP_BAD;
 }
 /* === JSON (knows no Kubernetes) ===========================================
  * jsmn finds the tokens, but takes much that is no JSON: so RFC 8259 and UTF-8
@@ -991,26 +941,12 @@ static enum http_got http_eof(struct http *h)
 
 #define MAX_EVENT 4096 /* what a watch event may add around its object */
 
-static bool json_space(unsigned char c)
-{
-	return c == ' ' || c == '\n' || c == '\r' || c == '\t';
-}
-
 /* How many bytes from `at` are an ordinary part of a string: most bytes are. */
 static size_t json_plain(const char *at, size_t n)
 {
-	const uint64_t ones = 0x0101010101010101u;
 	size_t i = 0;
 
-	for (uint64_t w; n - i >= sizeof(w);
-	     i += sizeof(w)) { /* none of eight is <' ', '"', '\\', >=0x80 */
-		memcpy(&w, at + i, sizeof(w));
-		if ((w | (w - ones * ' ') | ((w ^ ones * '"') - ones) |
-		     ((w ^ ones * '\\') - ones)) &
-		    ones << 7)
-			break;
-	}
-	while (i < n && at[i] >= ' ' && at[i] != '"' && at[i] != '\\')
+	while (i < n && (signed char)at[i] >= ' ' && at[i] != '"' && at[i] != '\\')
 		i++;
 	return i;
 }
@@ -1022,14 +958,26 @@ struct grammar {
 	int deepest;
 };
 
-static bool grammar_is(struct grammar *g, char c)
+/* One byte, if it is among these. */
+static bool grammar_any(struct grammar *g, const char *of)
 {
-	while (g->at < g->end && json_space(*g->at))
-		g->at++;
-	if (g->at == g->end || *g->at != c)
+	if (g->at == g->end || !*g->at || !strchr(of, *g->at))
 		return false;
 	g->at++;
 	return true;
+}
+
+static bool json_space(char c)
+{
+	return c == ' ' || c == '\n' || c == '\r' || c == '\t';
+}
+
+/* The same behind white space. */
+static bool grammar_is(struct grammar *g, const char *of)
+{
+	while (g->at < g->end && json_space(*g->at))
+		g->at++;
+	return grammar_any(g, of);
 }
 
 /* A character beyond ASCII, up to its last byte, by RFC 3629: no overlong forms,
@@ -1044,31 +992,28 @@ static bool grammar_utf8(struct grammar *g)
 	for (int more = c < 0xe0 ? 1 : c < 0xf0 ? 2 : 3; more; more--, lo = 0x80, hi = 0xbf)
 		if (++g->at == g->end || (unsigned char)*g->at < lo || (unsigned char)*g->at > hi)
 			return false;
+	g->at++;
 	return true;
 }
 
 static bool grammar_string(struct grammar *g)
 {
-	if (!grammar_is(g, '"'))
+	if (!grammar_is(g, "\""))
 		return false;
-	for (;; g->at++) {
+	for (;;) {
 		g->at += json_plain(g->at, g->end - g->at);
-		if (g->at == g->end || (unsigned char)*g->at < ' ')
-			return false;
-		if (*g->at == '"') {
-			g->at++;
+		if (grammar_any(g, "\""))
 			return true;
-		}
-		if (*g->at != '\\') {
-			if (!grammar_utf8(g))
+		if (!grammar_any(g, "\\")) {
+			if (g->at == g->end || !grammar_utf8(g))
 				return false;
-			continue;
-		}
-		if (++g->at == g->end || !*g->at || !strchr("\"\\/bfnrtu", *g->at))
+		} else if (grammar_any(g, "u")) {
+			for (int i = 0; i < 4; i++)
+				if (!grammar_any(g, "0123456789abcdefABCDEF"))
+					return false;
+		} else if (!grammar_any(g, "\"\\/bfnrt")) {
 			return false;
-		for (int left = *g->at == 'u' ? 4 : 0; left; left--)
-			if (++g->at == g->end || !isxdigit((unsigned char)*g->at))
-				return false;
+		}
 	}
 }
 
@@ -1076,18 +1021,9 @@ static bool grammar_digits(struct grammar *g)
 {
 	const char *from = g->at;
 
-	while (g->at < g->end && isdigit((unsigned char)*g->at))
-		g->at++;
+	while (grammar_any(g, "0123456789"))
+		;
 	return g->at > from;
-}
-
-/* One byte, if it is among these. */
-static bool grammar_any(struct grammar *g, const char *of)
-{
-	if (g->at == g->end || !*g->at || !strchr(of, *g->at))
-		return false;
-	g->at++;
-	return true;
 }
 
 static bool grammar_number(struct grammar *g)
@@ -1103,36 +1039,45 @@ static bool grammar_number(struct grammar *g)
 static bool grammar_value(struct grammar *g, int depth)
 {
 	static const char *const words[] = { "true", "false", "null" };
-	char open, close;
+	bool object = grammar_is(g, "{");
 
-	while (g->at < g->end && json_space(*g->at))
-		g->at++;
-	open = g->at < g->end ? *g->at : 0;
-	if (open == '"')
-		return grammar_string(g);
-	for (size_t i = 0; i < ARRAY_SIZE(words); i++)
-		if (open == *words[i]) {
-			size_t n = strlen(words[i]);
-			bool whole = (size_t)(g->end - g->at) >= n && !memcmp(g->at, words[i], n);
-
-			g->at += whole ? n : 0;
-			return whole;
-		}
-	if (open != '{' && open != '[')
-		return grammar_number(g);
-	close = open == '{' ? '}' : ']';
+	if (!object && !grammar_any(g, "[")) {
+		for (size_t i = 0, n; i < ARRAY_SIZE(words); i++)
+			if ((size_t)(g->end - g->at) >= (n = strlen(words[i])) &&
+			    !memcmp(g->at, words[i], n)) {
+				g->at += n;
+				return true;
+			}
+		return g->at < g->end && *g->at == '"' ? grammar_string(g) : grammar_number(g);
+	}
 	g->deepest = depth > g->deepest ? depth : g->deepest;
 	if (depth > MAX_DEPTH + 1) /* one more, for an event around its object */
 		return false;
-	g->at++;
-	if (grammar_is(g, close))
+	if (grammar_is(g, object ? "}" : "]"))
 		return true;
 	do
-		if ((open == '{' && (!grammar_string(g) || !grammar_is(g, ':'))) ||
+		if ((object && (!grammar_string(g) || !grammar_is(g, ":"))) ||
 		    !grammar_value(g, depth + 1))
 			return false;
-	while (grammar_is(g, ','));
-	return grammar_is(g, close);
+	while (grammar_is(g, ","));
+	return grammar_is(g, object ? "}" : "]");
+}
+
+/* Why a text is no JSON value, NULL if it is. *good: how many bytes are good. */
+static const char *json_check(const char *text, size_t len, int *depth, size_t *good)
+{
+	struct grammar g = { .at = text, .end = text + len };
+	bool whole = grammar_value(&g, 1);
+
+	if (whole)
+		grammar_is(&g, ""); /* only white space may follow */
+	*depth = g.deepest;
+	*good = g.at - text;
+	return whole && g.at == g.end		 ? NULL :
+		whole				 ? "is no JSON" :
+		g.deepest > MAX_DEPTH + 1	 ? "is nested deeper than 64 levels" :
+		g.at == g.end			 ? "ends too early" :
+						   "is no JSON";
 }
 
 /* One parsed value: token 0 is the whole, its members and elements follow.
@@ -1158,28 +1103,14 @@ static void json_reset(struct json *j)
 	j->flaw = NULL;
 }
 
-/* Why a text is no JSON value, NULL if it is. *good: how many bytes are good. */
-static const char *json_check(const char *text, size_t len, int *depth, size_t *good)
-{
-	struct grammar g = { .at = text, .end = text + len };
-	const char *flaw = NULL;
-
-	if (!grammar_value(&g, 1))
-		flaw = g.deepest > MAX_DEPTH + 1 ? "is nested deeper than 64 levels" :
-			g.at == g.end		 ? "ends too early" :
-						   "is no JSON";
-	else if (grammar_is(&g, 0) || g.at < g.end) /* behind white space is more */
-		flaw = "is no JSON";
-	*depth = g.deepest;
-	*good = g.at - text;
-	return flaw;
-}
-
-/* The tokens of the first `good` bytes, which json_check found good. */
-static void json_tokens(struct json *j, size_t good)
+/* The tokens of the first `good` bytes, which json_check found good. 0, or -1
+ * with why if there is a flaw. */
+static int json_tokens(struct json *j, const char *text, size_t len, size_t good)
 {
 	jsmn_parser p;
 
+	j->text = text;
+	j->len = len;
 	jsmn_init(&p);
 	while (!j->cap || jsmn_parse(&p, j->text, good, j->tok, j->cap) == JSMN_ERROR_NOMEM) {
 		j->cap = j->cap ? j->cap * 2 : 256;
@@ -1188,6 +1119,7 @@ static void json_tokens(struct json *j, size_t good)
 	j->n_tok = p.toknext;
 	for (int i = 0; i < j->n_tok; i++) /* of a beginning: what was not closed */
 		j->tok[i].end = j->tok[i].end < 0 ? (int)good : j->tok[i].end;
+	return j->flaw ? fail("byte %zu: %s", good + 1, j->flaw) : 0;
 }
 
 /* One whole object or array, and nothing but white space after it. 0, or -1
@@ -1195,18 +1127,13 @@ static void json_tokens(struct json *j, size_t good)
  * enough to name an object by, and j->flaw. */
 static int json_parse(struct json *j, const char *text, size_t len)
 {
-	size_t most = len < MAX_OBJECT + MAX_EVENT ? len : MAX_OBJECT + MAX_EVENT, good;
+	size_t good;
 
 	json_reset(j);
-	j->text = text;
-	j->len = len;
-	j->flaw = json_check(text, most, &j->depth, &good);
-	if (most < len)
-		j->flaw = "is longer than 2 MiB";
+	j->flaw = json_check(text, len, &j->depth, &good);
 	if (!j->flaw && !j->depth)
 		j->flaw = "is neither an object nor an array";
-	json_tokens(j, good);
-	return j->flaw ? fail("byte %zu: %s", good + 1, j->flaw) : 0;
+	return json_tokens(j, text, len, good);
 }
 
 /* --- Values. `at` is a token, -1 none: each function takes that too. --- */
@@ -1224,12 +1151,22 @@ static bool json_is_word(const struct json *j, int at, const char *word)
 		!memcmp(j->text + j->tok[at].start, word, n);
 }
 
+/* Four hexadecimal digits, which *s moves behind. */
+static unsigned json_hex(const char **s)
+{
+	unsigned c = 0;
+
+	for (int i = 0; i < 4; i++, ++*s)
+		c = c << 4 | (isdigit((unsigned char)**s) ? **s - '0' : (**s | 0x20) - 'a' + 10);
+	return c;
+}
+
 /* One character of a JSON string, decoded as UTF-8 from *s on, which moves; how
  * many bytes, 0: half a surrogate pair. */
 static int json_char(const char **s, char utf8[4])
 {
 	static const char from[] = "\"\\/bfnrt", to[] = "\"\\/\b\f\n\r\t";
-	unsigned c = 0, low = 0;
+	unsigned c, low;
 	int n;
 
 	utf8[0] = *(*s)++;
@@ -1239,13 +1176,10 @@ static int json_char(const char **s, char utf8[4])
 		utf8[0] = to[strchr(from, (*s)[-1]) - from];
 		return 1;
 	}
-	for (int i = 0; i < 4; i++, ++*s)
-		c = c << 4 | (isdigit((unsigned char)**s) ? **s - '0' : (**s | 0x20) - 'a' + 10);
+	c = json_hex(s);
 	if (c >= 0xd800 && c < 0xdc00 && (*s)[0] == '\\' && (*s)[1] == 'u') {
 		*s += 2;
-		for (int i = 0; i < 4; i++, ++*s)
-			low = low << 4 |
-				(isdigit((unsigned char)**s) ? **s - '0' : (**s | 0x20) - 'a' + 10);
+		low = json_hex(s);
 		if (low < 0xdc00 || low > 0xdfff)
 			return 0;
 		c = 0x10000 + ((c & 0x3ff) << 10) + (low & 0x3ff);
@@ -1270,13 +1204,9 @@ static int json_str(const struct json *j, int at, struct buf *out)
 	if (!json_is(j, at, JSMN_STRING))
 		return -1;
 	for (s += j->tok[at].start, end += j->tok[at].end; s < end;) {
-		const char *escape = memchr(s, '\\', end - s);
-		size_t n = (escape ? escape : end) - s;
+		int n = json_char(&s, utf8);
 
-		buf_add(out, s, n);
-		s += n;
-		n = escape ? json_char(&s, utf8) : 0;
-		if (escape && !n)
+		if (!n)
 			return -1;
 		buf_add(out, utf8, n);
 	}
@@ -1289,9 +1219,7 @@ static bool json_same(const char *s, size_t len, const char *plain, size_t n)
 	const char *end = s + len;
 	char utf8[4];
 
-	if (len && n && *s != *plain && *s != '\\')
-		return false; /* nearly always */
-	if (!memchr(s, '\\', len))
+	if (!memchr(s, '\\', len)) /* nearly always */
 		return len == n && !memcmp(s, plain, n);
 	while (s < end) {
 		size_t more = json_char(&s, utf8);
@@ -1394,9 +1322,8 @@ enum split_got { SPLIT_MORE, SPLIT_ITEM, SPLIT_HEAD, SPLIT_BAD };
 struct split { /* all zero + shape */
 	enum split_shape shape;
 	/* what split_feed just gave out, until the next call */
-	const char *text,
-		*flaw;		/* flaw: NULL, too long or too deep: text may be only a beginning */
-	size_t len, size, good; /* size: as it came, with white space and, of a HEAD, its items */
+	const char *text, *flaw; /* flaw: NULL, too long or too deep: text may be only a beginning */
+	size_t len, size, good;	 /* size: as it came, with white space and, of a HEAD, its items */
 	int nesting;
 	unsigned n_lists; /* arrays under "items" begun in this head: of two the last counts */
 	/* inside */
@@ -1454,113 +1381,84 @@ static enum split_got split_give(struct split *s, enum split_got got)
 	return got;
 }
 
-/* How far to go without a decision: through a string, or while the nesting is
- * over `floor` and no white space comes; one byte at least. */
-static size_t split_run(struct split *s, const char *at, size_t n, int floor)
+/* What was given out goes. */
+static void split_forget(struct split *s)
 {
-	size_t i = 0, plain;
-
-	do {
-		char c = at[i];
-
-		plain = s->in_string && !s->escaped ? json_plain(at + i, n - i) : 0;
-		if (plain) {
-			i += plain;
-			continue;
-		}
-		if (s->in_string) {
-			s->in_string = s->escaped || c != '"';
-			s->escaped = !s->escaped && c == '\\';
-		} else if (c == '"') {
-			s->in_string = true;
-		} else if (json_space(c)) {
-			break;
-		} else {
-			s->depth += (c == '{' || c == '[') - (c == '}' || c == ']');
-		}
-		i++;
-	} while (i < n && (s->in_string || s->depth > floor));
-	return i;
+	s->given = false;
+	buf_reset(&s->item, 65536);
+	if (!s->depth) {
+		buf_reset(&s->head, 65536);
+		s->seen = s->n_lists = 0;
+	}
 }
 
-/* Before a token: may it begin here, is it an item? */
-static enum split_got split_before(struct split *s, char c)
+/* In the head c came, which stands at n: is it a key, or does it begin or end "items"? */
+static void split_head(struct split *s, char c, size_t n)
 {
-	if (s->given) { /* what was given out goes */
-		s->given = false;
-		buf_reset(&s->item, 65536);
-		if (!s->depth) {
-			buf_reset(&s->head, 65536);
-			s->seen = s->n_lists = 0;
-		}
-	}
-	if (!s->depth && c != '{')
-		return fail("no object begins with: %.1s", c ? &c : " "), SPLIT_BAD;
-	if (s->in_items && !s->in_item && s->depth == 2 && c != ',' && c != ']') {
-		split_keep(
-			s, "0",
-			1); /* the head has a 0 for each item, so that its commas can be checked */
-		s->in_item = true;
-		s->from = s->seen;
-	}
-	return SPLIT_MORE;
-}
+	struct grammar key = { .at = s->head.at + s->key - 1, .end = s->head.at + n };
 
-/* After a token that began with c, the head being n long before: is it a key,
- * or the beginning or end of "items", or is all whole? */
-static enum split_got split_after(struct split *s, char c, size_t n)
-{
-	if (!s->depth)
-		return split_give(s, s->shape == SPLIT_LIST ? SPLIT_HEAD : SPLIT_ITEM);
-	if (s->in_item || s->shape == SPLIT_EVENTS)
-		return SPLIT_MORE;
 	if (c == '"' && s->depth == 1)
 		s->key = n + 1;
 	s->in_items &= s->depth > 1;
-	if (c == '[' && s->depth == 2 && n >= s->key + 2 && !memcmp(s->head.at + n - 2, "\":", 2) &&
-	    grammar_string(
-		    &(struct grammar){ .at = s->head.at + s->key - 1, .end = s->head.at + n }) &&
-	    json_same(s->head.at + s->key, n - 2 - s->key, "items", 5)) {
+	if (c == '[' && s->depth == 2 && n >= s->key + 2 && !memcmp(key.end - 2, "\":", 2) &&
+	    grammar_string(&key) && json_same(s->head.at + s->key, n - 2 - s->key, "items", 5)) {
 		s->in_items = true;
 		s->n_lists++;
 	}
-	return SPLIT_MORE;
 }
 
 /* Takes bytes from *at, *n (both advance) until something is whole:
  * SPLIT_EVENTS: objects one after another, each an ITEM.
  * SPLIT_LIST: objects one after another. What stands in an "items" array comes
- * as ITEMs, then the object as HEAD, with 0 for each item. An object that is no
- * list comes as HEAD too.
+ * as ITEMs, then the object as HEAD, with 0 for each item, so that its commas
+ * can be checked. An object that is no list comes as HEAD too.
  * What is too long comes in its turn; json_take has its beginning, and
  * model_put names it. BAD, with why: the stream is lost. */
 static enum split_got split_feed(struct split *s, const char **at, size_t *n)
 {
 	enum split_got got = SPLIT_MORE;
 
-	for (size_t used = 1; *n && got == SPLIT_MORE;
-	     *at += used, *n -= used, s->seen += used, used = 1) {
-		size_t before;
-		bool begins = !s->in_string;
+	for (size_t used; *n && got == SPLIT_MORE; *at += used, *n -= used, s->seen += used) {
 		char c = **at;
+		size_t before;
 
-		if (begins && json_space(c)) {
+		used = 1;
+		if (s->in_string) {
+			size_t plain = s->escaped ? 0 : json_plain(*at, *n);
+
+			used = plain ? plain : 1;
+			s->in_string = plain || s->escaped || c != '"';
+			s->escaped = !plain && !s->escaped && c == '\\';
+			split_keep(s, *at, used);
+			continue;
+		}
+		if (json_space(c)) {
 			s->space = true;
 			s->seen -= !s->depth;
-		} else if (begins && s->in_item && s->depth == 2 && (c == ',' || c == ']')) {
+			continue;
+		}
+		if (s->in_item && s->depth == 2 && (c == ',' || c == ']')) {
 			used = 0; /* what ends an item is the head's */
 			got = split_give(s, SPLIT_ITEM);
-		} else {
-			if (begins && split_before(s, c) == SPLIT_BAD)
-				return SPLIT_BAD;
-			before = s->head.len;
-			used = split_run(s, *at, *n,
-					 s->in_item			  ? 2 :
-						 s->shape == SPLIT_EVENTS ? 0 :
-									    INT_MAX);
-			split_keep(s, *at, used);
-			got = split_after(s, begins ? c : 0, before);
+			continue;
 		}
+		if (s->given)
+			split_forget(s);
+		if (!s->depth && c != '{')
+			return fail("no object begins with: %.1s", c ? &c : " "), SPLIT_BAD;
+		if (s->in_items && !s->in_item && s->depth == 2 && c != ',' && c != ']') {
+			split_keep(s, "0", 1);
+			s->in_item = true;
+			s->from = s->seen;
+		}
+		before = s->head.len;
+		s->in_string = c == '"';
+		s->depth += (c == '{' || c == '[') - (c == '}' || c == ']');
+		split_keep(s, *at, 1);
+		if (!s->depth)
+			got = split_give(s, s->shape == SPLIT_LIST ? SPLIT_HEAD : SPLIT_ITEM);
+		else if (!s->in_item && s->shape == SPLIT_LIST)
+			split_head(s, c, before);
 	}
 	return got;
 }
@@ -1569,12 +1467,9 @@ static enum split_got split_feed(struct split *s, const char **at, size_t *n)
 static int json_take(struct json *j, const struct split *s)
 {
 	json_reset(j);
-	j->text = s->text;
-	j->len = s->len;
 	j->depth = s->nesting;
 	j->flaw = s->flaw;
-	json_tokens(j, s->good);
-	return j->flaw ? fail("%s", j->flaw) : 0;
+	return json_tokens(j, s->text, s->len, s->good);
 }
 /* === objects (JSON into plain C) ==========================================
  * A Service, EndpointSlice, Node or ServiceCIDR becomes one compact block, or is
@@ -4615,82 +4510,86 @@ static int doors_attach(const struct link_news *l)
 #define SERVICE_ACCOUNT "/var/run/secrets/kubernetes.io/serviceaccount/"
 
 struct yaml {
-	const char *at, *end; /* the text behind this line */
-	const char *s, *e;    /* what is left of this line, without indentation and line end */
-	int indent;	      /* -1: the text is at its end */
+	char *at;   /* the text behind this line */
+	char *s;    /* what is left of this line, without indentation and line end */
+	int indent; /* -1: the text is at its end */
 	int line, depth;
 };
+
+static int yaml_bad(const struct yaml *y)
+{
+	return fail("line %d: not YAML as kubectl writes it: \"key: value\" and \"- item\" indented "
+		    "alike by spaces (no tab), each value on one line, plain, quoted, {} or []",
+		    y->line);
+}
 
 /* On to the next line that says something; 0, or -1 with why. */
 static int yaml_next(struct yaml *y)
 {
-	while (y->at < y->end) {
-		const char *line = y->at, *end = memchr(line, '\n', y->end - line);
+	while (*y->at) {
+		size_t n = strcspn(y->at, "\n");
+		char *line = y->at, *end = line + n;
 
+		y->at = end + (*end == '\n');
+		while (end > line && strchr(" \r\t", end[-1]))
+			end--;
+		*end = 0;
 		y->line++;
-		y->e = end ? end : y->end;
-		y->at = end ? end + 1 : y->end;
-		for (y->s = line; y->s < y->e && *y->s == ' '; y->s++)
-			;
-		while (y->e > y->s && strchr(" \r\t", y->e[-1]))
-			y->e--;
-		y->indent = y->s - line;
-		if (y->s < y->e && *y->s != '#' &&
-		    (y->depth || y->e - y->s != 3 || memcmp(y->s, "---", 3)))
-			return *y->s == '\t' ? fail("line %d: indented by a tab", y->line) : 0;
+		y->indent = strspn(line, " ");
+		y->s = line + y->indent;
+		if (*y->s && *y->s != '#' && (y->depth || strcmp(y->s, "---")))
+			return *y->s == '\t' ? yaml_bad(y) : 0;
 	}
 	y->indent = -1;
 	return 0;
 }
 
-/* Nothing from s to e, or a comment. */
-static bool yaml_rest(const char *s, const char *e)
+/* Nothing more, or a comment. */
+static bool yaml_rest(const char *s)
 {
-	while (s < e && *s == ' ')
-		s++;
-	return s >= e || *s == '#';
+	s += strspn(s, " ");
+	return !*s || *s == '#';
 }
 
 static bool yaml_dash(const struct yaml *y)
 {
-	return *y->s == '-' && (y->s + 1 == y->e || y->s[1] == ' ');
+	return *y->s == '-' && (!y->s[1] || y->s[1] == ' ');
 }
 
 /* The colon behind the plain key this line begins with, or NULL. */
-static const char *yaml_colon(const struct yaml *y)
+static char *yaml_colon(const struct yaml *y)
 {
-	for (const char *c = y->s; c < y->e && !strchr("\"'{[#", *c); c++)
-		if (*c == ':' && (c + 1 == y->e || c[1] == ' '))
+	for (char *c = y->s; *c && !strchr("\"'{[#", *c); c++)
+		if (*c == ':' && (!c[1] || c[1] == ' '))
 			return c;
 	return NULL;
 }
 
-/* The scalar from s to e, a comment behind it left out, as JSON. */
-static int yaml_scalar(const struct yaml *y, const char *s, const char *e, struct buf *out)
+/* The scalar at s, a comment behind it left out, as JSON. */
+static int yaml_scalar(const struct yaml *y, const char *s, struct buf *out)
 {
 	static const char *const words[] = { "true", "false", "null", "{}", "[]" };
-	bool quoted = *s == '"' || *s == '\'';
-	const char *end = s + quoted;
+	char quote = *s == '"' || *s == '\'' ? *s++ : 0;
+	size_t n = 0;
 
-	while (end < e && (quoted ? *end != *s : end[0] != ' ' || end[1] != '#'))
-		end += *s == '"' && *end == '\\' ? 2 : 1;
-	if (quoted && (end >= e || !yaml_rest(end + 1, e)))
-		return fail("line %d: behind a quoted value only a comment can stand", y->line);
-	while (!quoted && end > s && end[-1] == ' ')
-		end--;
-	for (size_t i = 0; i < ARRAY_SIZE(words); i++)
-		if ((size_t)(end - s) == strlen(words[i]) && !memcmp(s, words[i], end - s)) {
-			buf_add(out, s, end - s);
+	while (s[n] && (quote ? s[n] != quote : s[n] != ' ' || s[n + 1] != '#'))
+		n += quote == '"' && s[n] == '\\' && s[n + 1] ? 2 : 1;
+	if (quote && (!s[n] || !yaml_rest(s + n + 1)))
+		return yaml_bad(y);
+	while (!quote && n && s[n - 1] == ' ')
+		n--;
+	for (size_t i = 0; i < ARRAY_SIZE(words) && !quote; i++)
+		if (n == strlen(words[i]) && !memcmp(s, words[i], n)) {
+			buf_add(out, s, n);
 			return 0;
 		}
-	if (strchr("{}[]&*!|>%@`,", *s))
-		return fail("line %d: only plain or quoted values on one line, {} and [] are read",
-			    y->line);
+	if (!quote && strchr("{}[]&*!|>%@`,", *s))
+		return yaml_bad(y);
 	buf_add(out, "\"", 1);
-	for (const char *c = s + quoted; c < end; c++) {
-		if (*s != '"' && (*c == '"' || *c == '\\'))
+	for (; n--; s++) {
+		if (quote != '"' && (*s == '"' || *s == '\\'))
 			buf_add(out, "\\", 1);
-		buf_add(out, c, 1);
+		buf_add(out, s, 1);
 	}
 	buf_add(out, "\"", 1);
 	return 0;
@@ -4703,24 +4602,22 @@ static int yaml_block(struct yaml *y, struct buf *out)
 	int indent = y->indent, r = 0;
 
 	if (!dash && !yaml_colon(y)) /* a scalar in a list */
-		return yaml_scalar(y, y->s, y->e, out) ? -1 : yaml_next(y);
+		return yaml_scalar(y, y->s, out) ? -1 : yaml_next(y);
 	if (++y->depth > 32)
-		return fail("line %d: nested deeper than 32 levels", y->line);
+		return yaml_bad(y);
 	buf_add(out, dash ? "[" : "{", 1);
 	for (bool more = false; !r && y->indent == indent && yaml_dash(y) == dash; more = true) {
-		const char *line = y->s, *colon = dash ? line : yaml_colon(y);
+		char *line = y->s, *colon = dash ? line : yaml_colon(y);
 
 		buf_add(out, ",", more);
 		if (!colon)
-			return fail("line %d: no \"key: value\"", y->line);
+			return yaml_bad(y);
 		if (!dash)
 			buf_printf(out, "\"%.*s\":", (int)(colon - line), line);
-		for (y->s = colon + 1; y->s < y->e && *y->s == ' '; y->s++)
-			;
+		y->s = colon + 1 + strspn(colon + 1, " ");
 		y->indent += y->s - line;
-		if (!yaml_rest(y->s, y->e)) {
-			r = dash ? yaml_block(y, out) :
-				   yaml_scalar(y, y->s, y->e, out) || yaml_next(y);
+		if (!yaml_rest(y->s)) {
+			r = dash ? yaml_block(y, out) : yaml_scalar(y, y->s, out) || yaml_next(y);
 			continue;
 		}
 		r = yaml_next(y);
@@ -4731,38 +4628,17 @@ static int yaml_block(struct yaml *y, struct buf *out)
 	}
 	buf_add(out, dash ? "]" : "}", 1);
 	y->depth--;
-	if (!r && y->indent > indent)
-		return fail("line %d: indented unlike the lines before", y->line);
-	return r ? -1 : 0;
+	return r ? -1 : y->indent > indent ? yaml_bad(y) : 0;
 }
 
-static int yaml_to_json(const char *text, size_t len, struct buf *out)
+/* `text`, which is taken apart, as JSON. */
+static int yaml_to_json(char *text, struct buf *out)
 {
-	struct yaml y = { .at = text, .end = text + len };
+	struct yaml y = { .at = text };
 
 	if (yaml_next(&y) || (y.indent >= 0 && yaml_block(&y, out)))
 		return -1;
-	return y.indent < 0 ? 0 : fail("line %d: does not belong to what stands before", y.line);
-}
-
-/* Strict: the standard alphabet, padded, nothing else. */
-static int base64_decode(const char *s, size_t n, struct buf *out)
-{
-	static const char digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-				     "0123456789+/";
-	size_t pad = n && s[n - 1] == '=' ? 1 + (n > 1 && s[n - 2] == '=') : 0;
-	uint32_t v = 0;
-
-	for (size_t i = 0; i < n; i++) {
-		const char *d = i < n - pad ? memchr(digits, s[i], 64) : digits;
-
-		if (n % 4 || !d)
-			return fail("no base64");
-		v = v << 6 | (d - digits);
-		if (i % 4 == 3)
-			buf_add(out, (char[]){ v >> 16, v >> 8, v }, i + 1 == n ? 3 - pad : 3);
-	}
-	return 0;
+	return y.indent < 0 ? 0 : yaml_bad(&y);
 }
 
 struct config {
@@ -4773,12 +4649,11 @@ struct config {
 	char path[256];	  /* before each request's own, mostly "" */
 	uint16_t port;
 	bool tls;
-	unsigned loads; /* how often it was read: connections of an older one are not used on */
 	struct buf token;
 	struct tls_trust *trust; /* NULL without TLS */
 	struct {
 		char path[256];
-		struct stat seen;
+		uint64_t stamp;
 	} files[5]; /* what was read */
 	int n_files;
 };
@@ -4790,19 +4665,31 @@ static void config_free(struct config *c)
 	*c = (struct config){ 0 };
 }
 
+/* Another file, or another content, has another. */
+static uint64_t file_stamp(const struct stat *s)
+{
+	int64_t of[] = { s->st_dev, s->st_ino, s->st_size, s->st_mtim.tv_sec, s->st_mtim.tv_nsec };
+
+	return hash64(0, of, sizeof(of));
+}
+
 /* Reads a whole file, and remembers it for config_changed. */
 static int config_read(struct config *c, const char *path, struct buf *out)
 {
 	int fd = open(path, O_RDONLY | O_CLOEXEC);
-	ssize_t n = fd < 0 ? -1 : fstat(fd, &c->files[c->n_files].seen);
+	struct stat seen;
+	ssize_t n = fd < 0 ? -1 : fstat(fd, &seen);
 
-	snprintf(c->files[c->n_files++].path, sizeof(c->files->path), "%s", path);
-	for (bool more = !n; more; more = n > 0 && out->len <= MAX_CONFIG) {
-		buf_room(out, 4096);
-		n = read(fd, out->at + out->len, 4096);
-		out->len += n > 0 ? n : 0;
-		out->at[out->len] = 0;
+	snprintf(c->files[c->n_files].path, sizeof(c->files->path), "%s", path);
+	c->files[c->n_files++].stamp = n ? 0 : file_stamp(&seen);
+	buf_reset(out, 0);
+	buf_room(out, MAX_CONFIG + 1);
+	while (!n && out->len <= MAX_CONFIG &&
+	       (n = read(fd, out->at + out->len, MAX_CONFIG + 1 - out->len)) > 0) {
+		out->len += n;
+		n = 0;
 	}
+	out->at[out->len] = 0;
 	if (n < 0)
 		fail("%s: %s%s", path, strerror(errno),
 		     errno == EACCES ? ": run as who may read it (root?)" : "");
@@ -4818,15 +4705,9 @@ static bool config_changed(const struct config *c)
 {
 	struct stat now;
 
-	for (int i = 0; i < c->n_files; i++) {
-		const struct stat *old = &c->files[i].seen;
-
-		if (stat(c->files[i].path, &now) || now.st_ino != old->st_ino ||
-		    now.st_dev != old->st_dev || now.st_size != old->st_size ||
-		    now.st_mtim.tv_sec != old->st_mtim.tv_sec ||
-		    now.st_mtim.tv_nsec != old->st_mtim.tv_nsec)
+	for (int i = 0; i < c->n_files; i++)
+		if (stat(c->files[i].path, &now) || file_stamp(&now) != c->files[i].stamp)
 			return true;
-	}
 	return false;
 }
 
@@ -4836,9 +4717,8 @@ static int config_string(const struct json *j, int at, const char *key, struct b
 	int value = json_get(j, at, key);
 
 	buf_reset(out, 0);
-	if (value < 0)
-		return 0;
-	if (json_str(j, value, out) || strlen(out->at) != out->len)
+	buf_add(out, "", 0);
+	if (value >= 0 && (json_str(j, value, out) || strlen(out->at) != out->len))
 		return fail("%s is no text", key);
 	return out->len > 0;
 }
@@ -4851,22 +4731,27 @@ static int config_refer(const struct json *j, int at, const char *key, const cha
 	int all = config_string(j, at, key, &name) < 0 ? -1 : json_get(j, 0, list), i;
 
 	for (i = json_first(j, all); i >= 0; i = json_next(j, all, i))
-		if (json_eq(j, json_get(j, i, "name"), name.at ? name.at : ""))
+		if (json_eq(j, json_get(j, i, "name"), name.at))
 			break;
 	i = json_get(j, i, inner);
 	if (i < 0)
-		fail("%s \"%s\" is not among its %s", key, name.at ? name.at : "", list);
+		fail("%s \"%s\" is not among its %s", key, name.at, list);
 	buf_free(&name);
 	return i;
 }
 
-/* The file that `value` names, seen from the kubeconfig. */
-static void config_path(const struct config *c, const char *value, char path[256])
+/* The text of the file that KEY names, seen from the kubeconfig's folder; `path` becomes
+ * its name. 1, 0 none is named, -1 with why. */
+static int config_file(struct config *c, const struct json *j, int at, const char *key,
+		       struct buf *out, char path[256])
 {
-	const char *slash = strrchr(c->origin, '/');
+	int folder = strrchr(c->origin, '/') ? strrchr(c->origin, '/') + 1 - c->origin : 0;
+	int r = config_string(j, at, key, out);
 
-	snprintf(path, 256, "%.*s%s", *value == '/' || !slash ? 0 : (int)(slash + 1 - c->origin),
-		 c->origin, value);
+	if (r <= 0)
+		return r;
+	snprintf(path, 256, "%.*s%s", *out->at == '/' ? 0 : folder, c->origin, out->at);
+	return config_read(c, path, out) ? -1 : 1;
 }
 
 /* KEY-data (base64), else the file KEY names; empty if there is neither. */
@@ -4880,11 +4765,14 @@ static int config_pem(struct config *c, const struct json *j, int at, const char
 	snprintf(data, sizeof(data), "%s-data", key);
 	snprintf(out->from, sizeof(out->from), "%s of %s", data, c->origin);
 	r = config_string(j, at, data, &value);
-	if (r > 0 && base64_decode(value.at, value.len, &out->text))
-		r = fail("%s: not base64", out->from);
-	if (!r && (r = config_string(j, at, key, &value)) > 0) {
-		config_path(c, value.at, out->from);
-		r = config_read(c, out->from, &out->text);
+	if (r > 0) {
+		buf_room(&out->text, value.len);
+		if (mbedtls_base64_decode((void *)out->text.at, value.len, &out->text.len,
+					  (void *)value.at, value.len))
+			r = fail("%s: not base64", out->from);
+		out->text.at[out->text.len] = 0;
+	} else if (!r) {
+		r = config_file(c, j, at, key, &out->text, out->from);
 	}
 	buf_free(&value);
 	return r < 0 ? -1 : 0;
@@ -4916,10 +4804,8 @@ static int config_server(struct config *c, const char *url)
 static int config_cluster(struct config *c, const struct json *j, int at, struct pem *ca)
 {
 	struct buf value = { 0 };
-	int r = config_string(j, at, "server", &value);
+	int r = config_string(j, at, "server", &value) < 0 ? -1 : config_server(c, value.at);
 
-	if (r >= 0)
-		r = config_server(c, value.at ? value.at : "");
 	if (!r && (r = config_string(j, at, "tls-server-name", &value)) >= 0)
 		snprintf(c->name, sizeof(c->name), "%s", r ? value.at : c->host);
 	buf_free(&value);
@@ -4941,6 +4827,8 @@ static int config_user(struct config *c, const struct json *j, int at, struct pe
 	static const char *const refused[] = { "exec", "auth-provider", "username", "as" };
 	struct buf value = { 0 };
 	char path[256];
+	const char *s;
+	size_t n = 0;
 	int r;
 
 	for (size_t i = 0; i < ARRAY_SIZE(refused); i++)
@@ -4950,53 +4838,46 @@ static int config_user(struct config *c, const struct json *j, int at, struct pe
 	if (config_pem(c, j, at, "client-certificate", cert) ||
 	    config_pem(c, j, at, "client-key", key))
 		return -1;
-	r = config_string(j, at, "tokenFile", &value);
+	r = config_file(c, j, at, "tokenFile", &value, path);
+	if (!r)
+		r = config_string(j, at, "token", &value);
 	if (r > 0) {
-		config_path(c, value.at, path);
-		r = config_read(c, path, &c->token);
-	} else if (!r) {
-		r = config_string(j, at, "token", &c->token);
+		for (s = value.at + strspn(value.at, " \t\r\n"); isgraph((unsigned char)s[n]); n++)
+			;
+		buf_add(&c->token, s, n);
+		if (s + n + strspn(s + n, " \t\r\n") != value.at + value.len)
+			r = fail("the token holds a character that no token has");
 	}
 	buf_free(&value);
-	while (c->token.len && isspace((unsigned char)c->token.at[c->token.len - 1]))
-		c->token.at[--c->token.len] = 0;
-	while (c->token.len && isspace((unsigned char)*c->token.at))
-		buf_drop(&c->token, 1);
-	for (size_t i = 0; r >= 0 && i < c->token.len; i++)
-		if (!isgraph((unsigned char)c->token.at[i]))
-			r = fail("the token holds a character that no token has");
 	return r < 0 ? -1 : 0;
 }
-
-/* What a service account's folder stands for. */
-#define POD_CONFIG(host) \
-	"{\"contexts\":[{\"name\":\"\",\"context\":{\"user\":\"\"}}]," \
-	"\"clusters\":[{\"name\":\"\",\"cluster\":{\"server\":\"https://" host ":%s\"," \
-	"\"certificate-authority\":\"ca.crt\"}}]," \
-	"\"users\":[{\"name\":\"\",\"user\":{\"tokenFile\":\"token\"}}]}"
 
 /* The kubeconfig as JSON text. */
 static int config_text(struct config *c, struct buf *out)
 {
-	static const char pod_v4[] = POD_CONFIG("%s"), pod_v6[] = POD_CONFIG("[%s]");
 	const char *host = getenv("KUBERNETES_SERVICE_HOST");
 	const char *port = getenv("KUBERNETES_SERVICE_PORT");
 	struct buf text = { 0 };
 	size_t space;
 	int r;
 
-	if (host && !strcmp(c->origin, SERVICE_ACCOUNT)) {
-		buf_printf(out, strchr(host, ':') ? pod_v6 : pod_v4, host, port ? port : "443");
+	if (host && !strcmp(c->origin, SERVICE_ACCOUNT)) { /* what its folder stands for */
+		buf_printf(out, "{\"contexts\":[{\"name\":\"\",\"context\":{\"user\":\"\"}}],"
+			   "\"clusters\":[{\"name\":\"\",\"cluster\":{\"server\":\"https://%s%s%s:%s\","
+			   "\"certificate-authority\":\"ca.crt\"}}],"
+			   "\"users\":[{\"name\":\"\",\"user\":{\"tokenFile\":\"token\"}}]}",
+			   strchr(host, ':') ? "[" : "", host, strchr(host, ':') ? "]" : "",
+			   port ? port : "443");
 		return 0;
 	}
 	r = config_read(c, c->origin, &text);
-	space = r ? 0 : strspn(text.at, " \r\n\t");
+	space = strspn(text.at, " \r\n\t");
 	if (!r && text.at[space] == '{')
 		buf_add(out, text.at, text.len);
 	else if (!r && (strlen(text.at) != text.len || space == text.len))
 		r = fail("this is neither YAML nor JSON");
 	else if (!r)
-		r = yaml_to_json(text.at, text.len, out);
+		r = yaml_to_json(text.at, out);
 	buf_free(&text);
 	return r;
 }
@@ -5045,25 +4926,22 @@ static int config_find(char origin[256])
 		    "root, or name one by --kubeconfig", files[0], files[1], files[2], origin);
 }
 
-/* Reads everything, or again what changed, into *c; -1 with why, *c as it was. */
-static int config_load(struct config *c)
+/* Reads everything that `origin` leads to into *c, which is empty; -1 with why,
+ * and *c is empty still. */
+static int config_load(struct config *c, const char *origin)
 {
-	struct config next = { .loads = c->loads + 1 };
 	struct buf text = { 0 };
 	struct json j = { 0 };
 	int r;
 
-	if (c->n_files && !config_changed(c))
-		return 0;
-	memcpy(next.origin, c->origin, sizeof(next.origin));
-	r = config_text(&next, &text);
-	if (r || json_parse(&j, text.at, text.len) || config_take(&next, &j))
-		r = fail("%s: %s", next.origin, why);
+	snprintf(c->origin, sizeof(c->origin), "%s", origin);
+	r = config_text(c, &text);
+	if (r || json_parse(&j, text.at, text.len) || config_take(c, &j)) {
+		r = fail("%s: %s", origin, why);
+		config_free(c);
+	}
 	free(j.tok);
 	buf_free(&text);
-	config_free(r ? &next : c);
-	if (!r)
-		*c = next;
 	return r;
 }
 /* === the API server =======================================================
@@ -5072,15 +4950,15 @@ static int config_load(struct config *c)
  * wrong is said once, and tried again with growing, jittered pauses; meanwhile
  * the model keeps its last good state. */
 
-#define LIST_PAGE     500   /* objects asked for at once; the server's memory, not ours */
-#define MAX_REFUSAL   4096  /* bytes kept of an error's text */
-#define MAX_ADDRESSES 8     /* of a server's name */
-#define WAIT_CONNECT  10000 /* ms: name, TCP and TLS, each address */
-#define WAIT_ANSWER   60000 /* ms until an answer begins */
-#define WAIT_BODY     30000 /* ms without a byte of a list */
-#define WAIT_STREAM   5000  /* ms without an initial event; some servers do not know them */
+#define LIST_PAGE     500    /* objects asked for at once; the server's memory, not ours */
+#define MAX_REFUSAL   4096   /* bytes kept of an error's text */
+#define MAX_ADDRESSES 8	     /* of a server's name */
+#define WAIT_CONNECT  10000  /* ms: name; TCP and TLS, each address */
+#define WAIT_ANSWER   60000  /* ms until an answer begins */
+#define WAIT_BODY     30000  /* ms without a byte of a list */
+#define WAIT_STREAM   5000   /* ms until initial events; some servers do not know them */
 #define WAIT_LIST     300000 /* ms for one whole answer that is no watch */
-#define PROVEN	      5000  /* ms a watch must last to count as a success */
+#define PROVEN	      5000   /* ms a watch must last to count as a success */
 #define PAUSE_LEAST   200
 #define PAUSE_MOST    30000
 #define PAUSE_BUSY    60000  /* where Retry-After asks for a minute or more */
@@ -5100,40 +4978,37 @@ static const struct resource {
 
 enum watch_state {
 	WATCH_RESTING,	  /* nothing is open; goes on at the deadline */
-	WATCH_RESOLVING,  /* `child` looks the server's name up and answers through `pipe` */
+	WATCH_RESOLVING,  /* a child looks the server's name up and answers through `pipe` */
 	WATCH_CONNECTING, /* tls is on its way to addrs[addr] */
 	WATCH_ASKING,	  /* tls is open; `text` is to be sent, then an answer's head comes */
 	WATCH_REFUSED,	  /* an error's body comes into `text` */
-	WATCH_PROBING,	  /* a list of one object comes: only its resourceVersion counts */
 	WATCH_LISTING,	  /* a page of a list comes into the model */
 	WATCH_STREAMING,  /* the list comes as events; a bookmark will end it */
 	WATCH_FOLLOWING,  /* the model is complete, rv says up to where; events change it */
 };
 
-/* What is asked; LIST and STREAM begin from nothing, the others need rv. */
-enum watch_ask { ASK_STREAM, ASK_LIST, ASK_PROBE, ASK_WATCH };
+/* What is asked; LIST and STREAM begin from nothing, WATCH needs rv. */
+enum watch_ask { ASK_STREAM, ASK_LIST, ASK_WATCH };
 
 struct watch {
 	enum watch_state state;
 	enum watch_ask ask;
 	enum kind kind;
-	int64_t since, deadline;	/* of the state */
-	int64_t until;			/* when the server should have ended the watch */
-	unsigned failures;		/* in a row */
-	bool no_stream;			/* the server cannot stream a list */
-	bool no_pages;			/* paging was too slow for it: all in one */
-	bool lost;			/* could not connect: the server may be another by now */
-	bool whole;			/* the list's end was read */
-	bool reused;			/* the connection had an answer before */
-	char rv[64];			/* resume from here; "": list first */
-	struct buf more;		/* the next page's token, escaped */
+	int64_t since, deadline; /* of the state */
+	int64_t until;		 /* when the server should have ended the watch */
+	int64_t least;		 /* of the next pause */
+	unsigned failures;	 /* in a row */
+	bool no_stream;		 /* the server cannot stream a list */
+	bool no_pages;		 /* paging was too slow for it: all in one */
+	bool whole;		 /* the list's end was read */
+	bool reused;		 /* the connection had an answer before */
+	char rv[64];		 /* resume from here; "": list first */
+	struct buf more;	 /* the next page's token */
 	struct buf text;
 	struct in6_addr addrs[MAX_ADDRESSES];
 	int n_addrs, addr;
-	pid_t child;
-	int pipe;
-	uint32_t armed;	/* what epoll waits for, 0: not in it */
-	unsigned loads; /* config's when this connection began */
+	int pipe;	/* 0: none */
+	uint32_t armed; /* what epoll waits for, 0: not in it */
 	struct tls tls;
 	struct http http;
 	struct split split;
@@ -5153,23 +5028,25 @@ struct api {
 	unsigned n_said;
 };
 
-/* Says a thing once, until all is well again; `more` is said, but not compared. */
-static void api_say(struct api *a, const char *text, const char *more)
+/* What reading returns: go on, `why` says what failed, or try again without a word. */
+enum { FAILED = -1, GO_ON, AGAIN };
+
+/* Says `why`, with more, once until all is well again. */
+static void api_say(struct api *a, const char *more)
 {
-	uint64_t h = hash64(0, text, strlen(text));
+	uint64_t h = hash64(0, why, strlen(why));
 
 	for (unsigned i = 0; i < ARRAY_SIZE(a->said); i++)
 		if (a->said[i] == h)
 			return;
 	a->said[a->n_said++ % ARRAY_SIZE(a->said)] = h;
-	warn("%s%s", text, more);
+	warn("%s%s", why, more);
 }
 
 static void watch_enter(struct api *a, struct watch *w, enum watch_state state, int64_t wait)
 {
-	static const char *const names[] = { "resting", "resolving", "connecting",
-					     "asking",	"refused",   "probing",
-					     "listing", "streaming", "following" };
+	static const char *const names[] = { "resting", "resolving", "connecting", "asking",
+					     "refused", "listing",   "streaming",  "following" };
 
 	debug("%s: %s after %" PRId64 " ms, for at most %" PRId64, resources[w->kind].word,
 	      names[state], a->now - w->since, wait);
@@ -5181,38 +5058,33 @@ static void watch_enter(struct api *a, struct watch *w, enum watch_state state, 
 /* Asks epoll for what the state waits for. */
 static void watch_arm(struct api *a, struct watch *w)
 {
-	bool resolving = w->state == WATCH_RESOLVING;
-	struct epoll_event e = { .events = resolving ? EPOLLIN : w->tls.want };
+	struct epoll_event e = { .events = w->pipe ? EPOLLIN : w->tls.want };
 
 	e.data.u32 = a->tag + w->kind;
-	if ((resolving || w->tls.state) && e.events != w->armed) {
+	if (e.events != w->armed)
 		epoll_ctl(a->epoll_fd, w->armed ? EPOLL_CTL_MOD : EPOLL_CTL_ADD,
-			  resolving ? w->pipe : w->tls.fd, &e);
-		w->armed = e.events;
-	}
+			  w->pipe ? w->pipe : w->tls.fd, &e);
+	w->armed = e.events;
 }
 
 /* Nothing stays open. epoll is told, for a child may still hold the socket. */
 static void watch_close(struct api *a, struct watch *w)
 {
 	if (w->armed)
-		epoll_ctl(a->epoll_fd, EPOLL_CTL_DEL, w->child ? w->pipe : w->tls.fd, NULL);
+		epoll_ctl(a->epoll_fd, EPOLL_CTL_DEL, w->pipe ? w->pipe : w->tls.fd, NULL);
 	w->armed = 0;
-	if (w->child) {
+	if (w->pipe)
 		close(w->pipe);
-		kill(w->child, SIGKILL);
-		waitpid(w->child, NULL, 0);
-		w->child = 0;
-	}
+	w->pipe = 0;
 	tls_close(&w->tls);
 	http_reset(&w->http);
 	split_free(&w->split);
 	buf_free(&w->text);
 }
 
-/* Closes, and goes on after a pause that doubles with each failure in a row;
- * the first time at once if `eager`. */
-static void watch_pause(struct api *a, struct watch *w, bool eager, int64_t least)
+/* Closes, and goes on after a pause that doubles with each failure in a row; the
+ * first time at once if `eager`. */
+static void watch_pause(struct api *a, struct watch *w, bool eager)
 {
 	int64_t pause = PAUSE_LEAST << (w->failures < 8 ? w->failures : 8);
 	uint32_t random = 0;
@@ -5220,36 +5092,33 @@ static void watch_pause(struct api *a, struct watch *w, bool eager, int64_t leas
 	getrandom(&random, sizeof(random), GRND_NONBLOCK);
 	pause = pause < PAUSE_MOST ? pause : PAUSE_MOST;
 	pause = eager && !w->failures ? 0 : pause / 2 + random % (pause / 2 + 1);
-	w->failures++;
-	if (w->ask == ASK_WATCH && w->state >= WATCH_ASKING && w->failures > 4)
+	if (++w->failures > 5)
 		w->rv[0] = 0; /* nothing comes of it */
 	buf_free(&w->more);
 	watch_close(a, w);
-	watch_enter(a, w, WATCH_RESTING, pause > least ? pause : least);
+	watch_enter(a, w, WATCH_RESTING, pause > w->least ? pause : w->least);
+	w->least = 0;
 }
 
 /* `why` is what happened. */
-static void watch_fail(struct api *a, struct watch *w, int64_t least)
+static void watch_fail(struct api *a, struct watch *w)
 {
 	fail("%s: %s", a->config.source, why);
-	if (w->state == WATCH_CONNECTING || w->state == WATCH_RESOLVING)
-		for (int k = 0; k < N_KINDS; k++) { /* it may come back as another */
-			a->watch[k].lost = true;
-			a->watch[k].no_stream = false;
-		}
-	if (a->once && !a->failed && (!least || w->failures > 4))
-		a->failed = strdup(why);
 	if (!a->once)
-		api_say(a, why, "; trying again");
+		api_say(a, "; trying again");
+	else if (!a->failed && (!w->least || w->failures > 4)) /* a busy server is asked again */
+		a->failed = strdup(why);
 	a->troubled |= 1 << w->kind;
-	watch_pause(a, w, false, least);
+	for (int k = 0; k < N_KINDS && w->state < WATCH_ASKING; k++)
+		/* who cannot be reached may be another when it is back, with another etcd */
+		a->watch[k].rv[0] = a->watch[k].no_stream = 0;
+	watch_pause(a, w, false);
 }
 
 /* The watch works: what was said before may be said again. */
 static void watch_healed(struct api *a, struct watch *w)
 {
 	w->failures = 0;
-	w->lost = false;
 	if (!(a->troubled & 1 << w->kind) || (a->troubled &= ~(1 << w->kind)))
 		return;
 	note("%s: in touch again", a->config.source);
@@ -5268,7 +5137,7 @@ static void watch_write(struct api *a, struct watch *w)
 		ssize_t n = tls_write(&w->tls, w->text.at, w->text.len);
 
 		if (n < 0)
-			return watch_fail(a, w, 0);
+			return watch_fail(a, w);
 		if (!n)
 			return watch_arm(a, w);
 		buf_drop(&w->text, n);
@@ -5286,27 +5155,18 @@ static void watch_request(struct api *a, struct watch *w)
 
 	getrandom(&seconds, sizeof(seconds), GRND_NONBLOCK);
 	seconds = 300 + seconds % 300;
-	if (w->rv[0])
-		w->ask = w->lost ? ASK_PROBE : ASK_WATCH;
-	else
-		w->ask = w->no_stream || a->once ? ASK_LIST : ASK_STREAM;
 	w->until = a->now + (seconds + 30) * 1000;
+	w->ask = *w->rv ? ASK_WATCH : w->no_stream || a->once ? ASK_LIST : ASK_STREAM;
 	buf_printf(&target, "%s%s?%s", a->config.path, r->path, r->select);
 	if (w->kind == NODES)
 		escape(&target, opt.node);
-	if (w->ask == ASK_LIST && w->more.len)
-		buf_printf(&target, "&limit=%d&continue=%s", LIST_PAGE, w->more.at);
-	else if (w->ask == ASK_PROBE || (w->ask == ASK_LIST && !w->no_pages))
-		buf_printf(&target, "&limit=%d", w->ask == ASK_PROBE ? 1 : LIST_PAGE);
-	if (w->ask == ASK_STREAM)
-		buf_printf(&target, "&sendInitialEvents=true&resourceVersionMatch=NotOlderThan");
-	if (w->ask == ASK_WATCH) {
-		buf_printf(&target, "&resourceVersion=");
-		escape(&target, w->rv);
-	}
-	if (w->ask == ASK_STREAM || w->ask == ASK_WATCH)
-		buf_printf(&target, "&watch=true&allowWatchBookmarks=true&timeoutSeconds=%u",
-			   seconds);
+	if (w->ask != ASK_LIST)
+		buf_printf(&target, "&watch=true&allowWatchBookmarks=true&timeoutSeconds=%u%s", seconds,
+			   w->ask == ASK_WATCH ? "&resourceVersion=" :
+			   "&sendInitialEvents=true&resourceVersionMatch=NotOlderThan");
+	else if (!w->no_pages)
+		buf_printf(&target, "&limit=%d%s", LIST_PAGE, w->more.len ? "&continue=" : "");
+	escape(&target, w->ask == ASK_WATCH ? w->rv : w->more.len ? w->more.at : "");
 	http_reset(&w->http);
 	w->text.len = 0;
 	http_get(&w->text, strstr(a->config.source, "//") + 2, target.at,
@@ -5326,7 +5186,7 @@ static void watch_connect(struct api *a, struct watch *w)
 	for (; w->addr < w->n_addrs; w->addr++)
 		if (!tls_connect(&w->tls, c->trust, &w->addrs[w->addr], c->port, c->name))
 			return watch_arm(a, w);
-	watch_fail(a, w, 0);
+	watch_fail(a, w);
 }
 
 /* `why` is what is wrong with this address: on to the next one. */
@@ -5340,7 +5200,8 @@ static void watch_connect_next(struct api *a, struct watch *w)
 	watch_connect(a, w);
 }
 
-/* In a child, for getaddrinfo blocks: the addresses of `host` into fd. */
+/* In a child, for getaddrinfo blocks: the addresses of `host` into fd. It holds
+ * nothing else of ours open, neither connections nor the lock. */
 static void resolve_name(const char *host, int fd)
 {
 	struct addrinfo how = { .ai_family = AF_INET6, .ai_socktype = SOCK_STREAM };
@@ -5348,11 +5209,14 @@ static void resolve_name(const char *host, int fd)
 	struct in6_addr all[MAX_ADDRESSES];
 	size_t n = 0;
 
+	alarm(WAIT_CONNECT / 1000);
+	dup2(fd, 0);
+	syscall(SYS_close_range, 1, ~0u, 0);
 	how.ai_flags = AI_V4MAPPED | AI_ALL;
 	if (!getaddrinfo(host, NULL, &how, &i))
 		for (; i && n < MAX_ADDRESSES; i = i->ai_next)
 			all[n++] = ((struct sockaddr_in6 *)i->ai_addr)->sin6_addr;
-	_exit(write(fd, all, n * sizeof(*all)) < 0);
+	_exit(write(0, all, n * sizeof(*all)) < 0);
 }
 
 static void watch_resolved(struct api *a, struct watch *w)
@@ -5363,47 +5227,73 @@ static void watch_resolved(struct api *a, struct watch *w)
 	if (w->n_addrs)
 		return watch_connect(a, w);
 	fail("the name %s has no address: ask DNS, or /etc/hosts", a->config.host);
-	watch_fail(a, w, 0);
+	watch_fail(a, w);
 }
 
-/* The next request: on the open connection if its credentials are still the
- * ones on disk, else on a new one. */
-static void watch_go(struct api *a, struct watch *w)
+static void watch_connect_new(struct api *a, struct watch *w)
 {
-	int fds[2];
+	const char *host = a->config.host;
+	int fds[2], child;
 
-	if (config_load(&a->config))
-		api_say(a, why, "; what was read before is used on");
-	w->reused = w->tls.state == TLS_OPEN && w->loads == a->config.loads;
-	if (w->reused)
-		return watch_request(a, w);
 	watch_close(a, w);
-	w->loads = a->config.loads;
 	w->addr = 0;
-	w->n_addrs = addr_parse(a->config.host, strlen(a->config.host), w->addrs);
-	if (!strcmp(a->config.host, "localhost"))
+	w->n_addrs = addr_parse(host, strlen(host), w->addrs);
+	if (!strcmp(host, "localhost"))
 		w->n_addrs = addr_parse("127.0.0.1", 9, &w->addrs[0]) +
-			     addr_parse("::1", 3, &w->addrs[1]);
+			addr_parse("::1", 3, &w->addrs[1]);
 	if (w->n_addrs)
 		return watch_connect(a, w);
-	watch_enter(a, w, WATCH_RESOLVING, WAIT_CONNECT);
-	if (pipe2(fds, O_CLOEXEC | O_NONBLOCK) || (w->child = fork()) < 0) {
-		w->child = 0;
-		fail("cannot look %s up: %s", a->config.host, strerror(errno));
-		return watch_fail(a, w, 0);
+	watch_enter(a, w, WATCH_RESOLVING, WAIT_CONNECT * 2);
+	if (pipe2(fds, O_CLOEXEC | O_NONBLOCK) || (child = fork()) < 0) {
+		fail("cannot look %s up: %s", host, strerror(errno));
+		return watch_fail(a, w);
 	}
-	if (!w->child)
-		resolve_name(a->config.host, fds[1]);
+	if (!child)
+		resolve_name(host, fds[1]);
 	close(fds[1]);
 	w->pipe = fds[0];
 	watch_arm(a, w);
+}
+
+/* If other credentials are on disk, all connections begin anew with them. */
+static void api_reload(struct api *a)
+{
+	struct config next = { 0 };
+	bool same;
+
+	if (!config_changed(&a->config))
+		return;
+	if (config_load(&next, a->config.origin))
+		return api_say(a, "; what was read before is used on");
+	same = !strcmp(next.source, a->config.source);
+	for (struct watch *w = a->watch; w < a->watch + N_KINDS; w++) {
+		if (!same)
+			w->rv[0] = w->more.len = 0;
+		if (w->state == WATCH_RESTING)
+			continue;
+		watch_close(a, w);
+		watch_enter(a, w, WATCH_RESTING, 0);
+	}
+	config_free(&a->config);
+	a->config = next;
+}
+
+/* The next request, on the open connection if there is one. */
+static void watch_go(struct api *a, struct watch *w)
+{
+	api_reload(a);
+	w->reused = w->tls.state == TLS_OPEN;
+	if (w->reused)
+		watch_request(a, w);
+	else
+		watch_connect_new(a, w);
 }
 
 /* The model has all there was at `rv`. */
 static void watch_complete(struct api *a, struct model *m, struct watch *w)
 {
 	model_sweep(m, w->kind);
-	w->no_pages = w->lost = false;
+	w->no_pages = false;
 	json_reset(&a->json);
 	if (a->once && m->synced[SERVICES] && m->synced[SLICES] && w->kind != NODES)
 		a->watch[NODES].deadline = a->now; /* last, for its absence is no failure */
@@ -5416,37 +5306,34 @@ static void watch_follow(struct api *a, struct watch *w)
 		w->deadline = a->now + PROVEN;
 }
 
-/* A 200: the body that follows is what was asked for. */
+/* An answer's head: a 200's body is what was asked for. */
 static int watch_head(struct api *a, struct model *m, struct watch *w)
 {
-	static const enum watch_state next[] = { WATCH_STREAMING, WATCH_LISTING, WATCH_PROBING };
-	bool list = w->ask == ASK_LIST || w->ask == ASK_PROBE;
-
-	if (w->http.status != 200) {
-		watch_enter(a, w, WATCH_REFUSED, WAIT_BODY);
-		return 0;
-	}
-	if (*w->http.type && strncasecmp(w->http.type, "application/json", 16))
+	if (w->http.status == 200 && *w->http.type &&
+	    strncasecmp(w->http.type, "application/json", 16))
 		return fail("the answer is %s, not JSON: is this the API server, or a portal?",
 			    w->http.type);
 	split_free(&w->split);
-	w->split = (struct split){ .shape = list ? SPLIT_LIST : SPLIT_EVENTS };
+	w->split = (struct split){ .shape = w->ask == ASK_LIST ? SPLIT_LIST : SPLIT_EVENTS };
 	w->whole = false;
-	if (w->ask == ASK_STREAM || (w->ask == ASK_LIST && !w->more.len))
-		model_mark(m, w->kind);
-	if (w->ask == ASK_WATCH)
+	if (w->http.status != 200) {
+		watch_enter(a, w, WATCH_REFUSED, WAIT_BODY);
+	} else if (w->ask == ASK_WATCH) {
 		watch_follow(a, w);
-	else
-		watch_enter(a, w, next[w->ask], w->ask == ASK_STREAM ? WAIT_STREAM : WAIT_BODY);
-	return 0;
+	} else {
+		if (!w->more.len)
+			model_mark(m, w->kind);
+		watch_enter(a, w, w->ask == ASK_LIST ? WATCH_LISTING : WATCH_STREAMING,
+			    w->ask == ASK_LIST ? WAIT_BODY : WAIT_STREAM);
+	}
+	return GO_ON;
 }
 
 /* metadata.resourceVersion, "" if it has none that we can keep. */
 static const char *object_rv(const struct json *j, int object, char rv[64])
 {
-	struct buf text = { 0 };
-
 	int value = json_get(j, json_get(j, object, "metadata"), "resourceVersion");
+	struct buf text = { 0 };
 
 	if (json_str(j, value, &text) || text.len > 63)
 		text.len = 0;
@@ -5463,39 +5350,67 @@ static void watch_put(struct model *m, struct watch *w, const struct json *j, in
 		warn("%s", why);
 }
 
-/* The server's own words in a Status, in parentheses, or nothing. */
-static const char *status_message(const struct json *j, int status, struct buf *out)
+/* Why the server does not do what was asked, with its own words if it has any;
+ * `status` is a Status in a->json, or something else. */
+static int watch_explain(struct api *a, struct watch *w, int code, int status)
 {
-	buf_add(out, " (", 2);
-	if (!j->n_tok || json_str(j, json_get(j, status, "message"), out) || out->len == 2)
-		return "";
-	buf_printf(out, ")");
-	return out->at;
+	const char *word = resources[w->kind].word, *verb = w->ask == ASK_LIST ? "list" : "watch";
+	struct buf words = { 0 };
+
+	buf_printf(&words, " (");
+	if (!a->json.n_tok || json_str(&a->json, json_get(&a->json, status, "message"), &words) ||
+	    words.len == 2)
+		words.at[0] = 0;
+	else
+		buf_printf(&words, ")");
+	if (code == 401)
+		fail("401: the server does not accept who we are (to %s %s): is the token or "
+		     "certificate of %s still good, and for this cluster?%s", verb, word,
+		     a->config.origin, words.at);
+	else if (code == 403)
+		fail("403: we may not %s %s: RBAC must grant get, list and watch on services, "
+		     "endpointslices.discovery.k8s.io and nodes%s", verb, word, words.at);
+	else if (code >= 300 && code < 400)
+		fail("%d: we are sent on to \"%s\" and do not follow: name the API server itself "
+		     "in %s", code, w->http.location, a->config.origin);
+	else if (w->state == WATCH_FOLLOWING)
+		fail("the server ended the watch of %s: %d%s", word, code, words.at);
+	else
+		fail("%d: the server does not %s %s%s", code, verb, word, words.at);
+	buf_free(&words);
+	return FAILED;
 }
 
-/* What the functions of a body return: go on, `why` says what failed, or try
- * again without a word. */
-enum { FAILED = -1, GO_ON, AGAIN };
-
-/* An ERROR event: a Status ends the watch. */
-static int watch_error(struct api *a, struct watch *w, int status)
+/* The server says no, by an answer's status or by an ERROR event. */
+static int watch_denied(struct api *a, struct model *m, struct watch *w, int code, int status)
 {
-	struct buf message = { 0 };
-	long code = 0;
-
-	json_int(&a->json, json_get(&a->json, status, "code"), 0, 999, &code);
 	if (code == 410 || json_eq(&a->json, json_get(&a->json, status, "reason"), "Expired")) {
+		w->no_pages |= w->more.len > 0;
 		w->rv[0] = 0;
 		return AGAIN;
 	}
-	if (w->state == WATCH_STREAMING) { /* etcd 3.4 cannot */
+	if (w->state == WATCH_STREAMING || /* etcd 3.4 cannot */
+	    (w->ask == ASK_STREAM && (code == 400 || code == 422 || code == 500))) {
 		w->no_stream = true;
 		return AGAIN;
 	}
-	fail("the server ended the watch of %s: %ld%s", resources[w->kind].word, code,
-	     status_message(&a->json, status, &message));
-	buf_free(&message);
-	return FAILED;
+	if (code == 403 && m->synced[w->kind] && w->failures < 5)
+		return AGAIN; /* a server that has just started does not know its RBAC yet */
+	if (code == 429 || code == 503)
+		w->least = w->http.retry_after < 60 ? w->http.retry_after * 1000 + 1 : PAUSE_BUSY;
+	watch_explain(a, w, code, status);
+	if (code != 403 || w->kind != NODES)
+		return FAILED;
+	fail("%s: %s", a->config.source, why);
+	api_say(a, "; going on without the zone of our node");
+	a->troubled &= ~(1 << NODES);
+	if (!m->synced[NODES]) {
+		model_mark(m, NODES);
+		watch_complete(a, m, w);
+	}
+	w->least = PAUSE_LEAST << (w->failures < 16 ? w->failures : 16);
+	w->least = w->least < PAUSE_NODES ? w->least : PAUSE_NODES;
+	return AGAIN;
 }
 
 static int watch_event(struct api *a, struct model *m, struct watch *w)
@@ -5503,21 +5418,24 @@ static int watch_event(struct api *a, struct model *m, struct watch *w)
 	const struct json *j = &a->json;
 	int type = json_get(j, 0, "type"), object = json_get(j, 0, "object");
 	int kind = json_get(j, object, "kind"), notes;
+	long code = 0;
 	char rv[64];
 
-	if (json_eq(j, type, "ERROR"))
-		return watch_error(a, w, object);
+	if (json_eq(j, type, "ERROR")) {
+		json_int(j, json_get(j, object, "code"), 0, 999, &code);
+		return watch_denied(a, m, w, code, object);
+	}
 	object_rv(j, object, rv);
 	if (kind >= 0 && !json_eq(j, kind, kinds[w->kind].name)) {
 		fail("%s: an event with an object of another kind", resources[w->kind].word);
-		api_say(a, why, " is left out");
+		api_say(a, " is left out");
 	} else if (json_eq(j, type, "ADDED") || json_eq(j, type, "MODIFIED")) {
 		watch_put(m, w, j, object);
 	} else if (json_eq(j, type, "DELETED")) {
 		model_delete(m, w->kind, j, object);
 	} else if (!json_eq(j, type, "BOOKMARK")) {
 		fail("%s: an event of unknown type", resources[w->kind].word);
-		api_say(a, why, " is left out");
+		api_say(a, " is left out");
 	} else if (w->state == WATCH_STREAMING && *rv) {
 		notes = json_get(j, json_get(j, object, "metadata"), "annotations");
 		if (json_eq(j, json_get(j, notes, "k8s.io/initial-events-end"), "true")) {
@@ -5534,23 +5452,14 @@ static int watch_event(struct api *a, struct model *m, struct watch *w)
 static int watch_list(struct api *a, struct model *m, struct watch *w)
 {
 	const struct json *j = &a->json;
-	struct buf more = { 0 };
 	char kind[32], rv[64];
 
 	snprintf(kind, sizeof(kind), "%sList", kinds[w->kind].name);
 	if (!json_eq(j, json_get(j, 0, "kind"), kind) || !*object_rv(j, 0, rv))
 		return fail("the answer is no %s with a resourceVersion", kind);
 	w->whole = true;
-	if (w->state == WATCH_PROBING) {
-		if (strtoull(rv, NULL, 10) < strtoull(w->rv, NULL, 10))
-			w->rv[0] = 0; /* its past is not ours: from an older backup, or anew */
-		w->lost = false;
-		return GO_ON;
-	}
-	json_str(j, json_get(j, json_get(j, 0, "metadata"), "continue"), &more);
 	w->more.len = 0;
-	escape(&w->more, more.at);
-	buf_free(&more);
+	json_str(j, json_get(j, json_get(j, 0, "metadata"), "continue"), &w->more);
 	if (w->more.len)
 		return GO_ON;
 	memcpy(w->rv, rv, sizeof(rv));
@@ -5565,101 +5474,55 @@ static int watch_body(struct api *a, struct model *m, struct watch *w, const cha
 	enum split_got got;
 	int r = GO_ON;
 
-	if (w->state == WATCH_REFUSED)
+	if (w->state == WATCH_REFUSED) {
 		buf_add(&w->text, at, n < room ? n : room);
-	else
-		while (r == GO_ON && (got = split_feed(&w->split, &at, &n)) != SPLIT_MORE) {
-			if (got == SPLIT_BAD)
-				return fail("the %s are no JSON: %s", resources[w->kind].word, why);
-			if (got == SPLIT_ITEM && w->state == WATCH_PROBING)
-				continue;
-			/* what is no good about it, model_put will say, for it can name it */
-			json_parse(&a->json, w->split.text, w->split.len);
-			if (w->split.shape == SPLIT_EVENTS)
-				r = watch_event(a, m, w);
-			else if (got == SPLIT_HEAD)
-				r = watch_list(a, m, w);
-			else
-				watch_put(m, w, &a->json, 0);
-		}
+		return GO_ON;
+	}
+	while (r == GO_ON && (got = split_feed(&w->split, &at, &n)) != SPLIT_MORE) {
+		if (got == SPLIT_BAD)
+			return fail("the %s are no JSON: %s", resources[w->kind].word, why);
+		/* what is no good about it, model_put will say, for it can name it */
+		json_take(&a->json, &w->split);
+		if (w->split.shape == SPLIT_EVENTS)
+			r = watch_event(a, m, w);
+		else if (got == SPLIT_HEAD)
+			r = watch_list(a, m, w);
+		else
+			watch_put(m, w, &a->json, 0);
+	}
 	return r;
 }
 
-/* The answer was an error: what it means. */
-static void watch_refused(struct api *a, struct model *m, struct watch *w)
-{
-	const char *verb = w->ask == ASK_LIST || w->ask == ASK_PROBE ? "list" : "watch";
-	const char *word = resources[w->kind].word, *origin = a->config.origin, *words;
-	struct buf message = { 0 };
-	int status = w->http.status;
-	int64_t least = 0;
-
-	if (status == 410 ||
-	    (w->ask == ASK_STREAM && (status == 400 || status == 422 || status == 500))) {
-		w->no_pages |= w->more.len > 0;
-		w->no_stream |= status != 410;
-		w->rv[0] = 0;
-		return watch_pause(a, w, true, 0);
-	}
-	json_parse(&a->json, w->text.at ? w->text.at : "", w->text.len);
-	words = status_message(&a->json, 0, &message);
-	if (status == 401)
-		fail("401: the server does not accept who we are (to %s %s): is the token or "
-		     "certificate of %s still good, and for this cluster?%s", verb, word, origin,
-		     words);
-	else if (status == 403)
-		fail("403: we may not %s %s: RBAC must grant get, list and watch on services, "
-		     "endpointslices.discovery.k8s.io and nodes%s", verb, word, words);
-	else if (status >= 300 && status < 400)
-		fail("%d: we are sent on to \"%s\" and do not follow: name the API server itself "
-		     "in %s", status, w->http.location, origin);
-	else
-		fail("%d: the server does not %s %s%s", status, verb, word, words);
-	buf_free(&message);
-	if (status == 429 || status == 503)
-		least = w->http.retry_after < 60 ? w->http.retry_after * 1000 + 1 : PAUSE_BUSY;
-	if (status != 403 || w->kind != NODES)
-		return watch_fail(a, w, least);
-	a->troubled &= ~(1 << NODES);
-	fail("%s: %s", a->config.source, why);
-	api_say(a, why, "; going on without the zone of our node");
-	if (!m->synced[NODES]) {
-		model_mark(m, NODES);
-		watch_complete(a, m, w);
-	}
-	least = PAUSE_LEAST << (w->failures < 16 ? w->failures : 16); /* RBAC may just start */
-	watch_pause(a, w, false, least < PAUSE_NODES ? least : PAUSE_NODES);
-}
-
 /* The answer is whole. `clean`: nothing stands behind it. */
-static void watch_end(struct api *a, struct model *m, struct watch *w, bool clean)
+static int watch_end(struct api *a, struct model *m, struct watch *w, bool clean)
 {
-	bool brief = w->state == WATCH_FOLLOWING && a->now - w->since < PROVEN;
-
-	if (w->state == WATCH_REFUSED)
-		return watch_refused(a, m, w);
-	if (w->state != WATCH_FOLLOWING && !w->whole) {
-		fail("the answer to listing %s ends before the list does", resources[w->kind].word);
-		return watch_fail(a, w, 0);
+	if (w->state == WATCH_REFUSED) {
+		json_parse(&a->json, w->text.at ? w->text.at : "", w->text.len);
+		return watch_denied(a, m, w, w->http.status, 0);
 	}
+	if (w->state != WATCH_FOLLOWING && !w->whole)
+		return fail("the answer to listing %s ends before the list does",
+			    resources[w->kind].word);
 	if (a->once && !w->more.len)
-		return watch_pause(a, w, false, INT32_MAX);
-	if (brief)
-		return watch_pause(a, w, true, 0);
+		w->least = INT32_MAX; /* that was all */
+	if (w->least || (w->state == WATCH_FOLLOWING && a->now - w->since < PROVEN))
+		return AGAIN;
 	if (!w->http.keeps || !clean)
 		watch_close(a, w);
 	watch_go(a, w);
+	return GO_ON;
 }
 
-/* Some bytes of an answer; false: this connection is not to be read on. */
+/* Some bytes of an answer, or none: the connection ended. False: it is not to be read on. */
 static bool watch_bytes(struct api *a, struct model *m, struct watch *w, const char *at, size_t n)
 {
 	const char *body = NULL;
 	size_t body_n = 0;
+	bool closed = !n;
 	int r = GO_ON;
 
 	while (r == GO_ON) {
-		switch (http_feed(&w->http, &at, &n, &body, &body_n)) {
+		switch (closed ? http_eof(&w->http) : http_feed(&w->http, &at, &n, &body, &body_n)) {
 		case HTTP_MORE:
 			return true;
 		case HTTP_HEAD:
@@ -5669,16 +5532,18 @@ static bool watch_bytes(struct api *a, struct model *m, struct watch *w, const c
 			r = watch_body(a, m, w, body, body_n);
 			break;
 		case HTTP_END:
-			watch_end(a, m, w, !n);
-			return false;
+			r = watch_end(a, m, w, !n && !closed);
+			if (r == GO_ON)
+				return false;
+			break;
 		case HTTP_BAD:
 			r = FAILED;
 		}
 	}
 	if (r == AGAIN)
-		watch_pause(a, w, true, 0);
+		watch_pause(a, w, true);
 	else
-		watch_fail(a, w, 0);
+		watch_fail(a, w);
 	return false;
 }
 
@@ -5686,29 +5551,22 @@ static bool watch_bytes(struct api *a, struct model *m, struct watch *w, const c
 static void watch_read(struct api *a, struct model *m, struct watch *w)
 {
 	static char bytes[16384];
+	int64_t late;
 
 	for (int i = 0; i < 64 || tls_holds(&w->tls); i++) {
 		ssize_t n = tls_read(&w->tls, bytes, sizeof(bytes));
 
 		if (!n)
 			break;
-		if (n == TLS_END && http_eof(&w->http) == HTTP_END)
-			return watch_end(a, m, w, false);
-		if (n < 0 && w->reused && w->state == WATCH_ASKING) { /* it ended in between */
-			watch_close(a, w);
-			return watch_go(a, w);
-		}
-		if (n < 0)
-			return watch_fail(a, w, 0);
-		if (!watch_bytes(a, m, w, bytes, n))
+		if (n < 0 && w->reused && w->state == WATCH_ASKING) /* it ended in between */
+			return watch_connect_new(a, w);
+		if (n == -1)
+			return watch_fail(a, w);
+		if (!watch_bytes(a, m, w, bytes, n > 0 ? n : 0))
 			return;
-		if (w->state != WATCH_FOLLOWING && w->state != WATCH_ASKING) {
-			int64_t end = w->since + WAIT_LIST;
-
-			w->deadline = a->now;
-			w->deadline += w->state == WATCH_STREAMING ? WAIT_STREAM : WAIT_BODY;
-			w->deadline = w->deadline < end ? w->deadline : end;
-		}
+		late = a->now + (w->state == WATCH_STREAMING ? WAIT_STREAM : WAIT_BODY);
+		if (w->state > WATCH_ASKING && w->state < WATCH_FOLLOWING)
+			w->deadline = late < w->since + WAIT_LIST ? late : w->since + WAIT_LIST;
 	}
 	watch_arm(a, w);
 }
@@ -5718,7 +5576,9 @@ static void watch_read(struct api *a, struct model *m, struct watch *w)
 /* Finds and reads the credentials: 0, or -1 with why. */
 static int api_open(struct api *a)
 {
-	return config_find(a->config.origin) || config_load(&a->config) ? -1 : 0;
+	char origin[256];
+
+	return config_find(origin) || config_load(&a->config, origin) ? -1 : 0;
 }
 
 /* "https://127.0.0.1:6443" */
@@ -5731,6 +5591,7 @@ static const char *api_source(const struct api *a)
  * to api_ready, and api_deadline is to be kept. */
 static void api_start(struct api *a, int epoll_fd, uint32_t tag)
 {
+	signal(SIGCHLD, SIG_IGN); /* nobody waits for resolve_name */
 	a->epoll_fd = epoll_fd;
 	a->tag = tag;
 	a->now = now_ms();
@@ -5760,35 +5621,26 @@ static void api_ready(struct api *a, struct model *m, enum kind kind, uint32_t e
 
 	(void)events; /* an error shows in what is tried */
 	a->now = now_ms();
-	switch (w->state) {
-	case WATCH_RESTING:
+	if (w->state == WATCH_RESTING)
 		return;
-	case WATCH_RESOLVING:
+	if (w->state == WATCH_RESOLVING)
 		return watch_resolved(a, w);
-	case WATCH_CONNECTING:
-		r = tls_progress(&w->tls);
-		if (r > 0)
-			watch_request(a, w);
-		else if (r < 0)
-			watch_connect_next(a, w);
-		else
-			watch_arm(a, w);
-		return;
-	case WATCH_ASKING:
-		if (w->text.len)
-			return watch_write(a, w);
-		break;
-	default:
-		break;
-	}
-	watch_read(a, m, w);
+	if (w->state == WATCH_ASKING && w->text.len)
+		return watch_write(a, w);
+	if (w->state != WATCH_CONNECTING)
+		return watch_read(a, m, w);
+	r = tls_progress(&w->tls);
+	if (r > 0)
+		watch_request(a, w);
+	else if (r < 0)
+		watch_connect_next(a, w);
+	else
+		watch_arm(a, w);
 }
 
 /* A state has lasted as long as it may. */
 static void watch_late(struct api *a, struct watch *w)
 {
-	const char *word = resources[w->kind].word, *host = a->config.host;
-
 	switch (w->state) {
 	case WATCH_RESTING:
 		return watch_go(a, w);
@@ -5798,21 +5650,15 @@ static void watch_late(struct api *a, struct watch *w)
 		return watch_connect_next(a, w);
 	case WATCH_STREAMING:
 		w->no_stream = true;
-		return watch_pause(a, w, true, 0);
-	case WATCH_FOLLOWING:
-		if (a->now < w->until) {
+		return watch_pause(a, w, true);
+	default:
+		if (w->state == WATCH_FOLLOWING && a->now < w->until) {
 			w->deadline = w->until;
 			return watch_healed(a, w);
 		}
-		fail("the watch of %s is silent beyond its time", word);
-		break;
-	case WATCH_RESOLVING:
-		fail("the name %s is not resolved within %d s", host, WAIT_CONNECT / 1000);
-		break;
-	default:
-		fail("the server does not go on answering about %s", word);
+		fail("the server does not go on answering about %s", resources[w->kind].word);
+		watch_fail(a, w);
 	}
-	watch_fail(a, w, 0);
 }
 
 static void api_tick(struct api *a, int64_t now)

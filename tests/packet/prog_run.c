@@ -12,10 +12,9 @@
  *   agent FILE                                run LIFTER --once --from FILE
  *   row NAME DOOR VERDICT COUNTERS IN OUT     one frame; what must come of it
  *   any NAME DOOR IN                          one frame; the rules for bad input hold
- *   put MAP KEY VALUE | delete MAP KEY        an element; KEY need not be there (ct: used
- *                                             when the last flow was)
+ *   put MAP KEY VALUE | delete MAP KEY        an element; KEY need not be there (ct: used now)
  *   has MAP KEY yes|no                        is it there?
- *   age MAP KEY SECONDS                       last used that much earlier (ct, aff)
+ *   age MAP KEY SECONDS                       last used that long ago (ct, aff)
  *   clear                                     no flows, fragments, affinities
  *
  * DOOR is from (ingress) or to (egress), 2 (Ethernet) or 3 (bare IP), and c if the
@@ -107,22 +106,6 @@ static void map_clear(int fd)
 			err(2, "line %d: clear", line);
 }
 
-/* Moves the time of last use back. */
-static int map_age(enum map map, const void *key, int seconds)
-{
-	struct timespec tick;
-	struct tl_flow flow;
-	struct tl_affinity aff;
-	void *value = map == CT ? (void *)&flow : (void *)&aff;
-	__u64 *at = map == CT ? &flow.seen : &aff.used;
-
-	clock_getres(CLOCK_MONOTONIC_COARSE, &tick); /* one jiffy */
-	if (bpf_map_lookup_elem(map_fd[map], key, value))
-		return -1;
-	*at -= seconds * (1000000000ULL / tick.tv_nsec);
-	return bpf_map_update_elem(map_fd[map], key, value, BPF_EXIST);
-}
-
 static __u64 last_use(void)
 {
 	struct tl_tuple key, *last = NULL;
@@ -133,6 +116,38 @@ static __u64 last_use(void)
 		if (!bpf_map_lookup_elem(map_fd[CT], &key, &flow) && flow.seen > seen)
 			seen = flow.seen;
 	return seen;
+}
+
+/* As bpf_jiffies64() would say, and a second that many. It counts from where nobody tells,
+ * so the first time a flow must have been used just now. */
+static __u64 jiffies(__u64 *second)
+{
+	static __u64 start;
+	struct timespec tick, now;
+	__u64 ticks;
+
+	clock_getres(CLOCK_MONOTONIC_COARSE, &tick); /* one jiffy */
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	*second = 1000000000ULL / tick.tv_nsec;
+	ticks = now.tv_sec * *second + now.tv_nsec / tick.tv_nsec;
+	if (!start)
+		start = last_use() - ticks;
+	return start + ticks;
+}
+
+/* Last used so many seconds ago. */
+static int map_age(enum map map, const void *key, int seconds)
+{
+	struct tl_flow flow;
+	struct tl_affinity aff;
+	void *value = map == CT ? (void *)&flow : (void *)&aff;
+	__u64 *at = map == CT ? &flow.seen : &aff.used, second;
+
+	if (bpf_map_lookup_elem(map_fd[map], key, value))
+		return -1;
+	*at = jiffies(&second);
+	*at -= seconds * second;
+	return bpf_map_update_elem(map_fd[map], key, value, BPF_EXIST);
 }
 
 static bool counters_known; /* those after the frame before are those before this one */
@@ -425,6 +440,7 @@ static void element(const char *word, char **arg)
 {
 	unsigned char key[256], value[4096] __attribute__((aligned(8)));
 	enum map map = map_named(arg[0]);
+	__u64 second;
 	bool there;
 	int e = 0;
 
@@ -432,7 +448,7 @@ static void element(const char *word, char **arg)
 	if (!strcmp(word, "put")) {
 		from_hex(arg[2], value, sizeof(value));
 		if (map == CT)
-			((struct tl_flow *)value)->seen = last_use();
+			((struct tl_flow *)value)->seen = jiffies(&second);
 		e = bpf_map_update_elem(map_fd[map], key, value, BPF_ANY);
 	} else if (!strcmp(word, "delete")) {
 		bpf_map_delete_elem(map_fd[map], key);
