@@ -86,6 +86,8 @@ def verdict(name, flaw):
         print(f"not ok {name}: {flaw}")
     else:
         passed += 1
+        if os.environ.get("V"):
+            print(f"ok {name}")
 
 
 def text_of(objects):
