@@ -598,7 +598,7 @@ static int tls_recv(void *conn, unsigned char *at, size_t n)
 	ssize_t r = recv(t->fd, at, n, 0);
 
 	t->error = errno;
-	if (r > 0 && !t->heard && at[0] != 0x15 && at[0] != 0x16) /* neither alert nor handshake */
+	if (t->trust && r > 0 && !t->heard && at[0] != 0x15 && at[0] != 0x16) /* neither alert nor handshake */
 		memcpy(t->first, at, r < 5 ? r : 5);
 	t->heard |= r > 0;
 	if (r < 0)
@@ -672,7 +672,7 @@ static int tls_connect(struct tls *t, struct tls_trust *trust, const struct in6_
 	static const int options[][3] = { /* a silent death is noticed within 45 s */
 		{ IPPROTO_TCP, TCP_NODELAY, 1 }, { SOL_SOCKET, SO_KEEPALIVE, 1 },
 		{ IPPROTO_TCP, TCP_KEEPIDLE, 20 }, { IPPROTO_TCP, TCP_KEEPINTVL, 10 },
-		{ IPPROTO_TCP, TCP_USER_TIMEOUT, 45000 } };
+		{ IPPROTO_TCP, TCP_USER_TIMEOUT, 35000 } };
 	struct sockaddr_in6 to6 = { .sin6_family = AF_INET6, .sin6_port = htons(port) };
 	struct sockaddr_in to4 = { .sin_family = AF_INET, .sin_port = htons(port) };
 	bool v4 = addr_is_v4(addr);
