@@ -619,7 +619,7 @@ static int tls_connect(struct tls *t, struct tls_trust *trust, const struct in6_
 	static const int options[][3] = { /* a silent death is noticed within 45 s */
 		{ IPPROTO_TCP, TCP_NODELAY, 1 }, { SOL_SOCKET, SO_KEEPALIVE, 1 },
 		{ IPPROTO_TCP, TCP_KEEPIDLE, 20 }, { IPPROTO_TCP, TCP_KEEPINTVL, 10 },
-		{ IPPROTO_TCP, TCP_USER_TIMEOUT, 45000 } };
+		{ IPPROTO_TCP, TCP_USER_TIMEOUT, 35000 } };
 	struct sockaddr_in6 to6 = { .sin6_family = AF_INET6, .sin6_port = htons(port) };
 	struct sockaddr_in to4 = { .sin_family = AF_INET, .sin_port = htons(port) };
 	bool v4 = addr_is_v4(addr);

@@ -101,6 +101,11 @@ class Fake:
 
     # --- what is in it
 
+    def hold(self, kind, name, obj):
+        """An object that is listed under this name, whatever it is."""
+        with self.changed:
+            self.objects[kind]["default", name] = obj
+
     def put(self, kind, obj):
         with self.changed:
             self.rv += 1
@@ -191,7 +196,7 @@ class Fake:
         if r.watch:
             return self.watch(r, send)
         with self.changed:
-            items = sorted(self.objects[r.kind].values(), key=lambda o: o["metadata"]["name"])
+            items = [o for _, o in sorted(self.objects[r.kind].items())]
             meta = {"resourceVersion": str(self.rv)}
         limit, start = int(r.query.get("limit", 0)), int(r.query.get("continue", "at 0/+=").split()[1][:-3])
         if limit and start + limit < len(items):

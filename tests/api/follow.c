@@ -1,7 +1,23 @@
 /* SPDX-License-Identifier: MIT
  * follow [--once] [--node NAME] --kubeconfig FILE: the API client and the model
  * of the real tail_lifter.c, without the kernel's side. Prints what the model
- * holds after each change: "services=2 backends=2 node=z1 synced". */
+ * holds after each change: "services=2 backends=2 node=z1 synced". With SPEED=N in
+ * the environment its clock runs N times as fast, so that waits of minutes can be seen. */
+#include <stdlib.h>
+#include <time.h>
+
+static long speed = 1;
+
+static int fast_clock(clockid_t clock, struct timespec *t)
+{
+	int r = clock_gettime(clock, t);
+	long ns = t->tv_nsec * speed;
+
+	t->tv_sec = t->tv_sec * speed + ns / 1000000000;
+	t->tv_nsec = ns % 1000000000;
+	return r;
+}
+#define clock_gettime fast_clock
 #ifndef TAIL_LIFTER_C
 #define TAIL_LIFTER_C "../../tail_lifter.c"
 #endif
@@ -43,6 +59,7 @@ int main(int argc, char **argv)
 {
 	int epoll_fd = epoll_create1(EPOLL_CLOEXEC);
 
+	speed = getenv("SPEED") ? atol(getenv("SPEED")) : 1;
 	setvbuf(stdout, NULL, _IOLBF, 0);
 	opt.node = "n1";
 	for (int i = 1; i < argc; i++)
@@ -60,7 +77,7 @@ int main(int argc, char **argv)
 	}
 	api_start(&api, epoll_fd, 100);
 	while (!api.failed) {
-		int64_t left = api_deadline(&api) - now_ms();
+		int64_t left = (api_deadline(&api) - now_ms() + speed - 1) / speed;
 		struct epoll_event e[8];
 		int n = epoll_wait(epoll_fd, e, 8, left < 0 ? 0 : left > 1000000 ? 1000000 : (int)left);
 

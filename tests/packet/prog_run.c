@@ -9,7 +9,9 @@
  * LIFTER fill the maps and attach, finds the programs by what LIFTER pinned, and does
  * what the vectors say, a line each:
  *
- *   agent FILE                                run LIFTER --once --from FILE
+ *   agent FILE [NODE]                         run LIFTER --once --from FILE --node NODE
+ *   live FILE                                 LIFTER stays: started with FILE, or told of it by
+ *                                             SIGHUP; until the next `agent`
  *   row NAME DOOR VERDICT COUNTERS IN OUT     one frame; what must come of it
  *   any NAME DOOR IN                          one frame; the rules for bad input hold
  *   put MAP KEY VALUE | delete MAP KEY        an element; KEY need not be there (ct: used now)
@@ -194,18 +196,27 @@ static int link_make(const char *name, int kind)
 	return if_nametoindex(name);
 }
 
-static int run_lifter(const char *command, const char *from)
+static pid_t start_lifter(const char *command, const char *from, const char *node)
 {
-	int status;
+	char *argv[] = { (char *)lifter, "-q", "--pin-dir", (char *)pin_dir, "--iface", "vpn2,vpn3",
+			 "--node", (char *)node, from ? "--from" : (char *)command,
+			 from ? (char *)from : NULL, (char *)command, NULL };
 	pid_t pid = fork();
 
 	if (!pid) {
 		prctl(PR_SET_PDEATHSIG, SIGKILL);
 		dup2(2, 1);
-		execl(lifter, lifter, "-q", command, "--pin-dir", pin_dir, "--iface", "vpn2,vpn3",
-		      "--node", "node", from ? "--from" : NULL, from, NULL);
+		execv(lifter, argv);
 		err(2, "%s", lifter);
 	}
+	return pid;
+}
+
+static int run_lifter(const char *command, const char *from, const char *node)
+{
+	pid_t pid = start_lifter(command, from, node);
+	int status;
+
 	return pid > 0 && waitpid(pid, &status, 0) == pid && WIFEXITED(status) ?
 		WEXITSTATUS(status) :
 		-1;
@@ -231,13 +242,12 @@ static int door_open(const char *word, int ifindex)
 	return prog;
 }
 
-static int agent(const char *file)
+/* After an agent has started: its programs and maps. */
+static void open_all(void)
 {
 	static const char *const word[2] = { "from", "to" };
 
 	counters_known = false;
-	if (run_lifter("--once", file))
-		return -1;
 	for (int dir = 0; dir < 2; dir++)
 		for (int l2 = 0; l2 < 2; l2++) {
 			if (door[dir][l2])
@@ -249,6 +259,71 @@ static int agent(const char *file)
 			close(map_fd[i]);
 		map_fd[i] = pinned(map_name[i], 0);
 	}
+}
+
+static pid_t living; /* the agent that stays, 0: none */
+
+static void live_end(void)
+{
+	if (living) {
+		kill(living, SIGTERM);
+		waitpid(living, NULL, 0);
+	}
+	living = 0;
+}
+
+static int agent(const char *file, const char *node)
+{
+	live_end();
+	if (run_lifter("--once", file, *node ? node : "node"))
+		return -1;
+	open_all();
+	return 0;
+}
+
+/* Waits until the living agent has synced later than at `since`. */
+static int live_synced(__u64 since)
+{
+	struct tl_agent now = { 0 };
+	char path[4096];
+	__u32 zero = 0;
+	int fd;
+
+	snprintf(path, sizeof(path), "%s/agent_map", pin_dir);
+	for (int i = 0; i < 500; i++) {
+		fd = bpf_obj_get(path);
+		if (fd >= 0 && !bpf_map_lookup_elem(fd, &zero, &now) && now.synced &&
+		    now.pid == (__u32)living && now.changed > since) {
+			close(fd);
+			return 0;
+		}
+		close(fd);
+		usleep(10000);
+	}
+	return -1;
+}
+
+/* It reads `live.json`, which becomes what FILE is. It tells of its syncs by the
+ * second, so each gets a second of its own. */
+static int live(const char *file)
+{
+	__u64 since = time(NULL);
+	bool first = !living;
+
+	unlink("live.json");
+	if (symlink(file, "live.json"))
+		err(2, "live.json");
+	if (first)
+		living = start_lifter(NULL, "live.json", "node");
+	else
+		while ((__u64)time(NULL) <= since)
+			usleep(10000);
+	if (!first)
+		kill(living, SIGHUP);
+	if (live_synced(first ? since - 1 : since))
+		return -1;
+	if (first)
+		open_all();
 	return 0;
 }
 
@@ -475,8 +550,10 @@ static void do_line(char *text)
 		row(arg);
 	else if (!strcmp(word, "any") && n >= 2)
 		any((char *[]){ arg[0], arg[1], n == 3 ? arg[2] : "" });
-	else if (!strcmp(word, "agent") && n == 1)
-		say("agent", agent(arg[0]) ? "FAIL" : "ok", NULL, true);
+	else if (!strcmp(word, "agent") && (n == 1 || n == 2))
+		say("agent", agent(arg[0], n == 2 ? arg[1] : "") ? "FAIL" : "ok", NULL, true);
+	else if (!strcmp(word, "live") && n == 1)
+		say("live", live(arg[0]) ? "FAIL" : "ok", NULL, true);
 	else if (!strcmp(word, "clear"))
 		map_clear(map_fd[CT]), map_clear(map_fd[AFF]), map_clear(map_fd[FRAG]);
 	else if (n >= 2 &&
@@ -491,10 +568,12 @@ static void cleanup(void)
 {
 	static pid_t me;
 
-	if (!me)
+	if (!me) {
 		me = getpid();
-	else if (me == getpid()) /* not in a child that could not exec */
-		run_lifter("--cleanup", NULL);
+	} else if (me == getpid()) { /* not in a child that could not exec */
+		live_end();
+		run_lifter("--cleanup", NULL, "node");
+	}
 }
 
 int main(int argc, char **argv)

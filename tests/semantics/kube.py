@@ -1,5 +1,5 @@
 """Kubernetes objects in few words, and the program's answer in few words."""
-import json, os, random, subprocess, sys
+import copy, json, os, random, subprocess, sys
 
 BINARY = os.environ.get("TAIL_LIFTER", os.path.join(os.path.dirname(__file__), "../../tail_lifter"))
 passed, failed = 0, 0
@@ -86,6 +86,8 @@ def verdict(name, flaw):
         print(f"not ok {name}: {flaw}")
     else:
         passed += 1
+        if os.environ.get("V"):
+            print(f"ok {name}")
 
 
 def text_of(objects):
@@ -139,3 +141,47 @@ def good(name, objects, n=None, opts=()):
     if not flaw and n is not None and len(json.loads(got.stdout)["services"]) != n:
         flaw = "\n  have " + "\n       ".join(words(json.loads(got.stdout)))
     verdict(name, flaw)
+
+
+def but(obj, path, value):
+    """The object with one field changed; ... deletes it."""
+    obj = copy.deepcopy(obj)
+    at, keys = obj, path.split(".") if isinstance(path, str) else path
+    for k in keys[:-1]:
+        at = at[int(k)] if isinstance(at, list) else at.setdefault(k, {})
+    k = int(keys[-1]) if isinstance(at, list) else keys[-1]
+    if value is ...:
+        del at[k]
+    else:
+        at[k] = value
+    return obj
+
+
+# --- bad objects: a row is a field and what it must not be
+A, B, old = "10.42.0.5@pi4", "10.42.1.6@pi5", "2020-01-01T00:00:00Z"
+svc = service(ip=["10.43.0.10", "fd43::a"], externalIPs=["192.168.0.1"], status=["192.168.0.2"], loadBalancerSourceRanges=["10.0.0.0/8"], sessionAffinity="ClientIP",
+              sessionAffinityConfig={"clientIP": {"timeoutSeconds": 60}}, created=old, labels={"app": "web"}, type="ClusterIP", internalTrafficPolicy="Cluster", externalTrafficPolicy="Cluster")
+ROWS = {
+    "metadata": [5, "x", []], "metadata.name": ["", None, 5, ..., {}], "metadata.namespace": [5, []], "metadata.labels": [5, []], "metadata.labels.app": [5, True, {}], "metadata.creationTimestamp": [5],
+    "spec": [5, "x", []], "spec.clusterIP": [5, "10.43.0", "x", "10.43.0.256", "10.43.0.10/32", " 10.43.0.10", "1::2::3", "fe80::1%eth0", "0x0a.1.1.1", "10.43.0.10.1"], "spec.clusterIPs": ["x", {}], "spec.clusterIPs.0": [5, "x", "fd43::b"], "spec.clusterIPs.1": ["None", "10.43.0.9"],
+    "spec.ipFamilies": ["IPv4", 5], "spec.ipFamilies.0": [5, "IPv6"], "spec.type": [5], "spec.ports": [5, {}, "x"], "spec.ports.0": [5, [], "x"], "spec.ports.0.name": [5, "\ud800"],
+    "spec.ports.0.port": [0, -1, 65536, 80.0, 80.5, "80", True, None, ..., [], 99999999999999999999, {}], "spec.ports.0.protocol": ["ICMP", "tcp", "", 6], "spec.externalIPs": ["192.168.0.1"], "spec.externalIPs.0": [5, "x", "192.168.0.1:80"],
+    "spec.loadBalancerSourceRanges": ["x"], "spec.loadBalancerSourceRanges.0": [5, "", "10.0.0.0", "10.0.0.0/33", "x/8", "10.0.0.0/-1"], "spec.sessionAffinity": [5], "spec.sessionAffinityConfig": [5], "spec.sessionAffinityConfig.clientIP": [5],
+    "spec.sessionAffinityConfig.clientIP.timeoutSeconds": [0, 86401, "60", 60.0, -5], "spec.internalTrafficPolicy": [5], "spec.externalTrafficPolicy": [True], "status": [5, []], "status.loadBalancer": [5], "status.loadBalancer.ingress": [5, {}],
+    "status.loadBalancer.ingress.0": ["x"], "status.loadBalancer.ingress.0.ip": [5, "x"], "status.loadBalancer.ingress.0.ipMode": [5],
+}
+SLICE = {
+    "metadata.name": ["", ...], "metadata.labels.app": [5], "metadata.labels": [[]], "addressType": [5], "ports": [5, {}], "ports.0": [5], "ports.0.name": [5], "ports.0.port": [-1, 65536, "x", 1.0], "ports.0.protocol": ["X", 5],
+    "endpoints": [5, {}], "endpoints.0": [5, "x", []], "endpoints.0.addresses": ["x", {}], "endpoints.0.addresses.0": [5, "x"], "endpoints.0.conditions": [5, []], "endpoints.0.conditions.ready": [1, "true"], "endpoints.0.conditions.serving": [0], "endpoints.0.conditions.terminating": ["x"],
+    "endpoints.0.nodeName": [5, "x" * 254], "endpoints.0.hints": [5], "endpoints.0.hints.forZones": [5, {}], "endpoints.0.hints.forZones.0": [5], "endpoints.0.hints.forZones.0.name": [5], "endpoints.0.hints.forNodes": [5], "endpoints.0.hints.forNodes.0": ["x"], "endpoints.0.hints.forNodes.0.name": [5],
+}
+NODE = {"metadata": [5], "metadata.name": [5, ""], "metadata.labels": [5], ("metadata", "labels", "topology.kubernetes.io/zone"): [5, []]}
+slc = slice([A + " zone=z1 for-node=pi4", B], labels={"app": "x"})
+
+
+def wrong():
+    """(object, path of the field, what it must not be), of all kinds."""
+    for obj, rows in ((svc, ROWS), (slc, SLICE), (node(zone="z1"), NODE)):
+        for path, values in rows.items():
+            for value in values:
+                yield obj, path, value
