@@ -4627,13 +4627,14 @@ static void doors_detach(int ifindex)
 	unpin("to", ifindex);
 }
 
-/* The name of the next file in a directory, NULL: that was all, and it is closed. */
+/* The name of the next file in a directory of a bpffs, but for those with a dot, which only
+ * the kernel can make there; NULL: that was all, and it is closed. */
 static const char *dir_next(DIR *dir)
 {
 	struct dirent *d;
 
 	while (dir && (d = readdir(dir)))
-		if (d->d_name[0] != '.')
+		if (!strchr(d->d_name, '.'))
 			return d->d_name;
 	if (dir)
 		closedir(dir);
