@@ -605,7 +605,7 @@ verb_cc-asan() { # OUT FILE.c [FLAG...]: the same with glibc and the address and
 test_program() { # NAME FILE.c
 	BUILT=$PWD/build/test/$1
 	mkdir -p build/test
-	[ "$BUILT" -nt "$2" ] && [ "$BUILT" -nt tail_lifter ] || verb_cc "$BUILT" "$2"
+	if [ ! "$BUILT" -nt "$2" ] || [ ! "$BUILT" -nt tail_lifter ]; then verb_cc "$BUILT" "$2"; fi
 }
 
 as_root() { [ "$(id -u)" = 0 ] || die "$1 makes network namespaces: run it as root (sudo ./build.sh $1)"; }
@@ -647,19 +647,19 @@ layer() {
 		return
 	}
 	PASSED=$((PASSED + BASH_REMATCH[1])) FAILED=$((FAILED + BASH_REMATCH[2]))
-	[ "${BASH_REMATCH[2]}" = 0 ] && [ -z "${V:-}" ] && sed -n '/^kernel /p' "$log" || sed '$d' "$log"
+	if [ "${BASH_REMATCH[2]}" = 0 ] && [ -z "${V:-}" ]; then sed -n '/^kernel /p' "$log"; else sed '$d' "$log"; fi
 	step "" "$last, $((SECONDS - start)) s"
 }
 
 verb_test() { # [LAYER...]: unit semantics api packet netns (the default), real, kernels; as root
-	local one
+	local words one
 	as_root test
 	PASSED=0 FAILED=0
 	need ip:iproute2 ping:iputils-ping curl:curl ethtool:ethtool sysctl:procps jq:jq tc:iproute2 openssl:openssl setpriv:util-linux \
 		/usr/bin/python3:python3 /usr/lib/python3/dist-packages/scapy:python3-scapy
 	verb_build
-	for one in "${@:-unit semantics api packet netns}"; do
-		for one in $one; do
+	for words in "${@:-unit semantics api packet netns}"; do
+		for one in $words; do
 			declare -F "layer_$one" >/dev/null || die "no such layer of tests: $one"
 			layer "$one"
 		done

@@ -47,6 +47,7 @@
 #include <inttypes.h>
 #include <limits.h>
 #include <link.h>
+#include <linux/capability.h>
 #include <linux/if_link.h>
 #include <linux/magic.h>
 #include <linux/netlink.h>
@@ -85,6 +86,7 @@
 #include <sys/syscall.h>
 #include <sys/sysmacros.h>
 #include <sys/types.h>
+#include <sys/utsname.h>
 #include <sys/vfs.h>
 #include <time.h>
 #include <unistd.h>
@@ -3596,7 +3598,7 @@ static void write_element(struct writing *w, const struct element *e, const void
 			warn("service %s/%s is not served as it should be: %s did not take it "
 			     "(%s); it is tried again from time to time",
 			     w->entry->ns, w->entry->name, map_names[e->map],
-			     errno == E2BIG ? "it is full" : strerror(errno));
+			     errno == E2BIG || errno == ENOSPC ? "it is full" : strerror(errno));
 	}
 	if (there || !w->failed)
 		buf_add(&w->elements, e, sizeof(*e));
@@ -4125,16 +4127,24 @@ static int pin_dir_fd(void)
 	return open(opt.pin_dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 }
 
-/* The pin directory, made if it is not there; a descriptor or -1 with why. */
-static int pin_dir_open(void)
+/* What the pin directory is in. */
+static void pin_dir_parent(char parent[PATH_MAX])
 {
-	char parent[PATH_MAX], *slash;
-	int fd;
+	char *slash;
 
-	snprintf(parent, sizeof(parent), "%s", opt.pin_dir);
+	snprintf(parent, PATH_MAX, "%s", opt.pin_dir);
 	slash = strrchr(parent, '/');
 	if (slash && slash != parent)
 		*slash = 0;
+}
+
+/* The pin directory, made if it is not there; a descriptor or -1 with why. */
+static int pin_dir_open(void)
+{
+	char parent[PATH_MAX];
+	int fd;
+
+	pin_dir_parent(parent);
 	if (!is_bpffs(parent) && !strcmp(parent, BPFFS) && mount(MOUNT_NAME, BPFFS, "bpf", 0, NULL))
 		return fail("no bpffs at %s and it cannot be mounted: %s; mount -t bpf bpf %s, or "
 			    "name another by --pin-dir",
@@ -4321,13 +4331,14 @@ static void doors_detach(int ifindex)
 	unpin("to", ifindex);
 }
 
-/* The name of the next file in a directory, NULL: that was all, and it is closed. */
+/* The name of the next file in a directory of a bpffs, but for those with a dot, which only
+ * the kernel can make there; NULL: that was all, and it is closed. */
 static const char *dir_next(DIR *dir)
 {
 	struct dirent *d;
 
 	while (dir && (d = readdir(dir)))
-		if (d->d_name[0] != '.')
+		if (!strchr(d->d_name, '.'))
 			return d->d_name;
 	if (dir)
 		closedir(dir);
@@ -6358,9 +6369,262 @@ static int cmd_cleanup(void)
 	return 0;
 }
 
+/* --- check: what would keep it from working here ------------------------------- */
+enum verdict { GOOD, HINT, UNSEEN, MEND };
+
+static const char *const verdict_words[] = { "ok", "hint", "?", "FIX" };
+
+#define LOOK_WATCH 16 /* to watch a kind, not to list it */
+
+/* Each function looks at one thing, tells in `why` what is there or what to do, and
+ * changes nothing. `what` is from its row. */
+static enum verdict check_privileges(int what)
+{
+	struct __user_cap_header_struct h = { .version = _LINUX_CAPABILITY_VERSION_3 };
+	struct __user_cap_data_struct d[2] = { 0 };
+	uint64_t have;
+	bool bpf_too, net;
+
+	(void)what;
+	syscall(SYS_capget, &h, d);
+	have = d[0].effective | (uint64_t)d[1].effective << 32;
+	net = have >> CAP_NET_ADMIN & 1;
+	bpf_too = have >> CAP_BPF & 1 || have >> CAP_SYS_ADMIN & 1;
+	fail("%s%s%s",
+	     net && bpf_too ? "CAP_NET_ADMIN and CAP_BPF are there" : "run as root, or with ",
+	     net ? "" : "CAP_NET_ADMIN ",
+	     bpf_too ? "" : "CAP_BPF (before Linux 5.8: CAP_SYS_ADMIN)");
+	return net && bpf_too ? GOOD : MEND;
+}
+
+/* Loads the programs, and lets them go with this process. */
+static enum verdict check_kernel(int what)
+{
+	struct utsname u;
+	int prog;
+
+	(void)what;
+	if (datapath_open() || datapath_verify())
+		return MEND;
+	uname(&u);
+	prog = bpf_program__fd(bpf->progs.to_tailnet);
+	if (bpf_link_create(prog, INT_MAX, BPF_TCX_EGRESS, NULL) < 0 && errno == ENODEV)
+		return fail("Linux %s takes the programs, and has tcx to attach them", u.release),
+		       GOOD;
+	fail("Linux %s takes the programs, and has no tcx: they will be attached by cls_bpf, which "
+	     "needs the modules sch_ingress and cls_bpf",
+	     u.release);
+	return HINT;
+}
+
+static enum verdict check_bpffs(int what)
+{
+	char parent[PATH_MAX];
+
+	(void)what;
+	pin_dir_parent(parent);
+	if (is_bpffs(parent))
+		return fail("%s is one", parent), GOOD;
+	fail("%s is none: mount -t bpf bpf " BPFFS ", and --pin-dir a directory below it", parent);
+	if (strcmp(parent, BPFFS))
+		return MEND;
+	fail("%s is not mounted yet; the agent does that if it is root, else: mount -t bpf bpf %s",
+	     parent, parent);
+	return geteuid() ? MEND : HINT;
+}
+
+static enum verdict check_iface(int what)
+{
+	int any = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+	enum verdict v = GOOD;
+
+	(void)what;
+	fail("there, and up");
+	for (struct iface *i = agent.iface; i < agent.iface + agent.n_iface && v == GOOD; i++) {
+		struct ifreq dev = { 0 };
+
+		memcpy(dev.ifr_name, i->name, IF_NAMESIZE);
+		v = MEND;
+		if (ioctl(any, SIOCGIFFLAGS, &dev))
+			fail("there is no %s: start tailscaled, or name another by --iface",
+			     i->name);
+		else if (!(dev.ifr_flags & IFF_UP))
+			fail("%s is down: ip link set %s up", i->name, i->name);
+		else
+			v = GOOD;
+	}
+	close(any);
+	return v;
+}
+
+/* A number below /proc/sys/net, its path in three pieces; -1: there is none. */
+static int sysctl_read(const char *from, const char *through, const char *to)
+{
+	char path[128];
+	int value = -1;
+	FILE *f;
+
+	snprintf(path, sizeof(path), "/proc/sys/net/%s%s%s", from, through, to);
+	f = fopen(path, "re");
+	if (f && fscanf(f, "%d", &value) != 1)
+		value = -1;
+	if (f)
+		fclose(f);
+	return value;
+}
+
+static enum verdict check_forwarding(int family)
+{
+	bool v4 = family == AF_INET;
+	const char *name = v4 ? "ipv4.ip_forward" : "ipv6.conf.all.forwarding";
+	int on = v4 ? sysctl_read("ipv4", "/", "ip_forward") :
+		      sysctl_read("ipv6/conf/", "all", "/forwarding");
+
+	if (on > 0)
+		return fail("net.%s is %d", name, on), GOOD;
+	if (on < 0)
+		return fail("cannot be read: net.%s", name), UNSEEN;
+	fail("net.%s is 0, nothing reaches a pod%s: sysctl -w net.%s=1", name,
+	     v4 ? "" : " by IPv6, if the cluster has that", name);
+	return v4 ? MEND : HINT;
+}
+
+static enum verdict check_rp_filter(int what)
+{
+	int all = sysctl_read("ipv4/conf/", "all", "/rp_filter");
+
+	(void)what;
+	for (struct iface *i = agent.iface; i < agent.iface + agent.n_iface; i++) {
+		int own = sysctl_read("ipv4/conf/", i->name, "/rp_filter");
+
+		if (own < 0)
+			return fail("cannot be looked at: there is no %s", i->name), UNSEEN;
+		if ((own > all ? own : all) != 1) /* the greater one counts; 2 is loose */
+			continue;
+		fail("strict on %s, which is fine if the route to its clients is there too; if "
+		     "requests "
+		     "vanish: sysctl -w net.ipv4.conf.%s.rp_filter=2",
+		     i->name, i->name);
+		return HINT;
+	}
+	return fail("not strict"), GOOD;
+}
+
+static enum verdict check_firewall(int what)
+{
+	(void)what;
+	fail("not looked at; if requests vanish, see what drops forwarded packets: nft list "
+	     "ruleset");
+	return UNSEEN;
+}
+
+static enum verdict check_agent(int what)
+{
+	int fd = pin_dir_fd();
+	bool runs = fd >= 0 && pin_dir_locked(fd);
+
+	(void)what;
+	fail("%s%s", runs ? "runs already, " : "none runs yet",
+	     runs ? agent_where(pin_dir_holder(fd)) : "");
+	close(fd);
+	return GOOD;
+}
+
+/* --from, or the credentials. */
+static enum verdict check_source(int what)
+{
+	(void)what;
+	if (opt.from ? from_read(&agent.model, opt.from) : api_open(&agent.api))
+		return MEND;
+	if (opt.from)
+		fail("%s can be read", opt.from);
+	else
+		fail("%s leads to %s", agent.api.config.origin, api_source(&agent.api));
+	return GOOD;
+}
+
+/* One list or one watch of its own, so that each verb shows. */
+static enum verdict check_resource(int what)
+{
+	static bool lost; /* the server was not reached */
+	struct agent *a = &agent;
+	enum kind kind = what & ~LOOK_WATCH;
+	struct watch *w = &a->api.watch[kind];
+	bool watch = what & LOOK_WATCH, done = false;
+
+	if (opt.from)
+		return fail("not needed, with --from"), GOOD;
+	api_stop(&a->api);
+	if (lost || api_open(&a->api))
+		return fail("not looked at, for the API server was not reached"), UNSEEN;
+	memset(a->model.synced, 0, sizeof(a->model.synced));
+	a->api.once = !watch;
+	api_start(&a->api, a->epoll_fd, WAKE_API);
+	for (int k = 0; k < N_KINDS; k++)
+		a->api.watch[k].deadline = k == (int)kind ? 0 : INT64_MAX;
+	while (!done && !a->stop && !a->api.failed && !a->api.n_said) {
+		loop_round(a);
+		done = watch ? w->state == WATCH_FOLLOWING : a->model.synced[kind];
+	}
+	if (a->stop)
+		return fail("not looked at: stopped"), UNSEEN;
+	if (done && !a->api.n_said)
+		return fail("allowed"), GOOD;
+	lost = w->lost;
+	return kind == NODES && !lost ? HINT : MEND;
+}
+
+static enum verdict check_node(int what)
+{
+	(void)what;
+	if (!agent.model.synced[NODES])
+		return fail("not looked at, for nodes could not be listed"), UNSEEN;
+	if (agent.model.node_seen)
+		return fail("%s is a Node of the cluster", opt.node), GOOD;
+	fail("no Node %s was seen, so no backend counts as local: --node names another", opt.node);
+	return HINT;
+}
+
+static const struct {
+	const char *name;
+	enum verdict (*look)(int what);
+	int what;
+} checks[] = {
+	{ "privileges", check_privileges, 0 },
+	{ "kernel", check_kernel, 0 },
+	{ "bpffs", check_bpffs, 0 },
+	{ "interface", check_iface, 0 },
+	{ "IPv4 forwarding", check_forwarding, AF_INET },
+	{ "IPv6 forwarding", check_forwarding, AF_INET6 },
+	{ "rp_filter", check_rp_filter, 0 },
+	{ "firewall", check_firewall, 0 },
+	{ "agent", check_agent, 0 },
+	{ "objects", check_source, 0 },
+	{ "list services", check_resource, SERVICES },
+	{ "watch services", check_resource, SERVICES | LOOK_WATCH },
+	{ "list endpointslices", check_resource, SLICES },
+	{ "watch endpointslices", check_resource, SLICES | LOOK_WATCH },
+	{ "watch nodes", check_resource, NODES | LOOK_WATCH },
+	{ "list nodes", check_resource, NODES },
+	{ "own node", check_node, 0 },
+};
+
+/* A line for each; 1 if something must be fixed. */
 static int cmd_check(void)
 {
-	return fail("--check is not in this version");
+	int mend = 0;
+
+	if (loop_open(&agent))
+		return -1;
+	loud = loud > 1 ? loud : -1; /* what is wrong stands in its line */
+	for (size_t i = 0; i < ARRAY_SIZE(checks); i++) {
+		enum verdict v = checks[i].look(checks[i].what);
+
+		printf("%-5s %-21s %s\n", verdict_words[v], checks[i].name, why);
+		fflush(stdout);
+		mend += v == MEND;
+	}
+	return mend ? 1 : 0;
 }
 
 static int cmd_version(void)
