@@ -2378,7 +2378,7 @@ static int model_init(struct model *m, const struct options *o)
 	m->places.node = o->node ? o->node : "";
 	m->places.zone = "";
 	m->ranges_changed = true;
-	return selector_match(o->selector, NULL, -1) < 0 ? -1 : 0;
+	return selector_match(o->selector, &(struct json){ 0 }, -1) < 0 ? -1 : 0;
 }
 
 static void model_dirty(struct model *m, struct service *s)
@@ -2474,14 +2474,15 @@ static void claim_remove(struct model *m, struct claim *c)
 static const char *claim_refused(const struct model *m, const struct claim *c)
 {
 	static char text[INET6_ADDRSTRLEN + 20];
+	char cidr[INET6_ADDRSTRLEN + 4];
 
 	for (int i = m->opt->has_vip_range ? -1 : 0; i < m->opt->n_maps; i++) {
 		const struct cidr *range = i < 0 ? &m->opt->vip_range : &m->opt->maps[i].from;
 
 		if (c->dealt || !c->of->spec->served || !cidr_has(range, &c->addr))
 			continue;
-		strcpy(text, i < 0 ? "--vip-range " : "--map ");
-		cidr_text(range, text + strlen(text));
+		snprintf(text, sizeof(text), "%s %s", i < 0 ? "--vip-range" : "--map",
+			 cidr_text(range, cidr));
 		return text;
 	}
 	return NULL;
@@ -2656,7 +2657,8 @@ static void vip_release(struct model *m, struct service *s)
 		    (!best || service_older(o, best)))
 			best = o;
 	}
-	vip_take(m, best, hole);
+	if (best)
+		vip_take(m, best, hole);
 	m->n_without--;
 }
 
