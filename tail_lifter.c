@@ -1569,13 +1569,13 @@ struct object {
 	uint8_t kind;
 	bool unnamed; /* its name is not known: the line about it stands for that */
 	uint32_t size;
-	uint32_t blank : 1; /* nothing but its name: bad, or ignored by rule 1 and the like */
+	uint32_t blank : 1;  /* nothing but its name: bad, or ignored by rule 1 and the like */
 	uint32_t served : 1; /* --selector and --namespace take it */
 	uint32_t internal_local : 1, external_local : 1, v4 : 1, n_cluster : 2, affinity : 25;
 	uint32_t created; /* seconds since 1970; 0: not known, the oldest */
 	uint32_t n_external, n_lb, n_cidrs, n_ports, n_endpoints;
-	/* cluster, external, lb; then sources, or a ServiceCIDR's ranges; ports; texts: "NAMESPACE\0NAME\0", a slice's
-	 * service or a Node's zone, a slice's endpoints, names of ports */
+	/* cluster, external, lb; then sources, or a ServiceCIDR's ranges; ports; texts: namespace,
+	 * name, a slice's service or a Node's zone, a slice's endpoints, names of ports */
 	struct in6_addr at[];
 };
 
@@ -1818,10 +1818,9 @@ static int read_member(struct reader *r, int at, const char *key, jsmntype_t typ
 }
 
 /* Each element of an array that is of this type; null is none. */
-#define READ_EACH(r, i, parent, key, type)                                                      \
-	for (int i##_in = read_member(r, parent, key, JSMN_ARRAY),                              \
-		 i = json_first((r)->j, i##_in);                                                \
-	     i >= 0; i = json_next((r)->j, i##_in, i))                                          \
+#define READ_EACH(r, i, parent, key, type)                                                         \
+	for (int i##_in = read_member(r, parent, key, JSMN_ARRAY), i = json_first((r)->j, i##_in); \
+	     i >= 0; i = json_next((r)->j, i##_in, i))                                             \
 		if (read_typed(r, i, type) >= 0)
 
 /* A string decoded into r->text, empty if there is none. */
@@ -2225,7 +2224,7 @@ static struct object *object_read(const struct filter *f, enum kind k, const str
  * Objects; services, their slices, our node; who claims which address; who is
  * dirty. Each put and delete settles claims and VIPs at once, so what comes out
  * depends on the set of objects alone, never on their order. */
-struct claim {		   /* that an address is a service's */
+struct claim {		  /* that an address is a service's */
 	struct link link; /* by the address */
 	struct service *of;
 	struct in6_addr addr;
@@ -2259,13 +2258,13 @@ struct model { /* all zero, then model_init */
 	} places; /* ours; "": not known */
 	struct table objects, services, claims;
 	size_t n_of[N_READ]; /* objects that are not blank */
-	size_t n_bad;	      /* the others */
+	size_t n_bad;	     /* the others */
 	struct service *dirty;
 	bool synced[N_READ];
-	uint16_t round[N_READ]; /* lists that were begun */
-	bool unnamed[N_READ];	 /* the last one had a bad object whose name is not known */
-	bool repeated;		 /* the last bad object was as bad before: say it once */
-	bool ranges_changed;	 /* since model_ranges gave them out */
+	uint16_t round[N_READ];		/* lists that were begun */
+	bool unnamed[N_READ];		/* the last one had a bad object whose name is not known */
+	bool repeated;			/* the last bad object was as bad before: say it once */
+	bool ranges_changed;		/* since model_ranges gave them out */
 	size_t n_without, said_without; /* services that found the VIP range full */
 };
 
@@ -2277,7 +2276,7 @@ static int model_init(struct model *m, const struct options *o)
 	m->places.node = o->node ? o->node : "";
 	m->places.zone = "";
 	m->ranges_changed = true;
-	return selector_match(o->selector, NULL, -1) < 0 ? -1 : 0;
+	return selector_match(o->selector, &(struct json){ 0 }, -1) < 0 ? -1 : 0;
 }
 
 static void model_dirty(struct model *m, struct service *s)
@@ -2373,14 +2372,15 @@ static void claim_remove(struct model *m, struct claim *c)
 static const char *claim_refused(const struct model *m, const struct claim *c)
 {
 	static char text[INET6_ADDRSTRLEN + 20];
+	char cidr[INET6_ADDRSTRLEN + 4];
 
 	for (int i = m->opt->has_vip_range ? -1 : 0; i < m->opt->n_maps; i++) {
 		const struct cidr *range = i < 0 ? &m->opt->vip_range : &m->opt->maps[i].from;
 
 		if (c->dealt || !c->of->spec->served || !cidr_has(range, &c->addr))
 			continue;
-		strcpy(text, i < 0 ? "--vip-range " : "--map ");
-		cidr_text(range, text + strlen(text));
+		snprintf(text, sizeof(text), "%s %s", i < 0 ? "--vip-range" : "--map",
+			 cidr_text(range, cidr));
 		return text;
 	}
 	return NULL;
@@ -2555,7 +2555,8 @@ static void vip_release(struct model *m, struct service *s)
 		    (!best || service_older(o, best)))
 			best = o;
 	}
-	vip_take(m, best, hole);
+	if (best)
+		vip_take(m, best, hole);
 	m->n_without--;
 }
 
@@ -2580,24 +2581,18 @@ static void service_change(struct model *m, struct service *s, struct object *ne
 	model_dirty(m, s);
 }
 
-static void slice_change(struct model *m, struct object *old, struct object *new)
+/* A slice joins its service, or leaves it. */
+static void slice_move(struct model *m, struct object *o, bool joins)
 {
-	if (old) {
-		struct service *of = service_get(m, object_text(old, 0), object_more(old));
-		struct object **at = &of->slices;
+	struct service *of = service_get(m, object_text(o, 0), object_more(o));
+	struct object **at = &of->slices;
 
-		while (*at != old)
-			at = &(*at)->sibling;
-		*at = old->sibling;
-		model_dirty(m, of);
-	}
-	if (new) {
-		struct service *of = service_get(m, object_text(new, 0), object_more(new));
-
-		new->sibling = of->slices;
-		of->slices = new;
-		model_dirty(m, of);
-	}
+	while (!joins && *at != o)
+		at = &(*at)->sibling;
+	if (joins)
+		o->sibling = *at;
+	*at = joins ? o : o->sibling;
+	model_dirty(m, of);
 }
 
 static void zone_change(struct model *m, const char *zone)
@@ -2636,8 +2631,10 @@ static void model_replace(struct model *m, struct object *old, struct object *ne
 		table_add(&m->objects, &new->link, object_hash(new));
 	if (k == SERVICES && any)
 		service_change(m, service_get(m, object_text(any, 0), object_name(any)), is);
-	if (k == SLICES)
-		slice_change(m, was, is);
+	if (k == SLICES && was)
+		slice_move(m, was, false);
+	if (k == SLICES && is)
+		slice_move(m, is, true);
 	if (k == NODES)
 		zone_change(m, is ? object_more(is) : "");
 	m->ranges_changed |= any && k == SERVICE_CIDRS;
@@ -2652,26 +2649,28 @@ static void model_replace(struct model *m, struct object *old, struct object *ne
  * a relist too; it is remembered even if there is none. */
 static void model_store(struct model *m, struct object *o)
 {
-	const size_t said = offsetof(struct object, size);
+	const size_t from = offsetof(struct object, size);
 	struct object *old = object_find(m, o);
+	bool same = old && old->size == o->size &&
+		!memcmp((char *)old + from, (char *)o + from, o->size - from);
 
 	o->blank |= o->kind == NODES && strcmp(object_name(o), m->places.node);
 	o->round = m->round[o->kind];
 	m->repeated = old && o->bad && old->bad == o->bad;
-	m->unnamed[o->kind] |= o->bad && o->unnamed;
+	m->unnamed[o->kind] |= o->unnamed;
 	if (old) {
 		old->round = o->round;
 		old->bad = o->bad;
 	}
-	if (o->bad ? !old && m->n_bad < MAX_BAD : !o->blank)
-		if (!old || old->size != o->size ||
-		    memcmp((char *)old + said, (char *)o + said, o->size - said)) {
-			model_replace(m, old, o);
-			return;
-		}
-	if (old && o->blank && !o->bad)
-		model_replace(m, old, NULL);
-	free(o);
+	if (!old && (!o->blank || (o->bad && m->n_bad < MAX_BAD))) {
+		model_replace(m, NULL, o);
+	} else if (old && !o->blank && !same) {
+		model_replace(m, old, o);
+	} else {
+		if (old && o->blank && !o->bad)
+			model_replace(m, old, NULL);
+		free(o);
+	}
 }
 
 /* 0; or -1 with why, naming kind, namespace/name and field: the object is bad,
@@ -2692,6 +2691,7 @@ static void model_delete(struct model *m, enum kind k, const struct json *j, int
 
 	o->blank = true; /* it is as if it were ignored from now on */
 	o->bad = 0;
+	o->unnamed = false;
 	model_store(m, o);
 }
 
@@ -2951,7 +2951,8 @@ static int resolve_candidates(const struct model *m, struct service *s, const st
 		}
 	}
 	if (sctp_left)
-		buf_printf(&r->lost, "port \"%s\": SCTP endpoints with another port number; ", name);
+		buf_printf(&r->lost, "port \"%s\": SCTP endpoints with another port number; ",
+			   name);
 	all = (struct candidate *)r->candidates.at;
 	n = r->candidates.len / sizeof(*all);
 	if (n)
@@ -3102,8 +3103,8 @@ static void resolve_entry(struct model *m, struct service *s, const struct port 
 	for (int i = 0; i < candidates; i++) {
 		bool ready = candidate_ready(&c[i]);
 
-		e.drop_if_empty |= local && !c[i].backend.local &&
-			(ready || candidate_fallback(&c[i]));
+		e.drop_if_empty |=
+			local && !c[i].backend.local && (ready || candidate_fallback(&c[i]));
 		/* ready alone: publishNotReadyAddresses */
 		if (ready || !(c[i].conditions & ENDPOINT_NOT_SERVING)) {
 			buf_add(&r->backs, &c[i].backend, sizeof(*e.serving));
