@@ -3822,8 +3822,11 @@ struct shared {
 static struct maps {
 	int svc, set, text, net, ct, aff, frag, stat, agent;
 	struct table shared;
-	struct buf dying; /* elements of set_map and text_map that nothing points at any more */
-	int64_t reap_at;  /* when they go; INT64_MAX: there are none */
+	/* Elements of set_map and text_map that nothing points at any more: since the last
+	 * reap, and since before it. So that each stays for a while, and goes in time also
+	 * if there is always another one. */
+	struct buf dying[2];
+	int64_t reap_at; /* when dying[1] goes; INT64_MAX: there are none */
 	struct buf udp;	  /* uint64_t: what maps_flush_udp may keep, see udp_mark */
 	bool udp_changed;
 	bool adopted; /* the first sync is done: nothing unknown is left in the maps */
@@ -3901,17 +3904,24 @@ struct writing {
 	bool failed;
 };
 
+static void revive(struct buf *dying, const struct element *e)
+{
+	struct element *at = (struct element *)dying->at;
+
+	for (size_t i = 0; i < dying->len / sizeof(*e); i++)
+		if (!memcmp(&at[i], e, sizeof(*e)))
+			at[i] = at[dying->len / sizeof(*e) - 1], dying->len -= sizeof(*e);
+}
+
 /* Writes an element, unless it is there already and can only say the same.
  * Afterwards it is alive, even if it was dying. */
 static void write_element(struct writing *w, struct element *e, const void *value, bool constant)
 {
 	bool there = w->old && element_in(e, w->old->at, w->old->n);
-	struct element *dying = (struct element *)w->maps->dying.at;
 
 	buf_add(&w->elements, e, sizeof(*e));
-	for (size_t i = 0; i < w->maps->dying.len / sizeof(*e); i++)
-		if (!memcmp(&dying[i], e, sizeof(*e)))
-			dying[i] = dying[w->maps->dying.len / sizeof(*e) - 1], w->maps->dying.len -= sizeof(*e);
+	revive(&w->maps->dying[0], e);
+	revive(&w->maps->dying[1], e);
 	if ((there && constant) || w->failed)
 		return;
 	if (bpf_map_update_elem(element_fd(w->maps, e->map), e->bytes, value, BPF_ANY)) {
@@ -4092,8 +4102,9 @@ static void drop_element(struct maps *m, const struct element *e, const struct p
 	if (e->map == IN_ADDRESS && !shared_release(m, e))
 		return;
 	if (e->map == IN_SET || e->map == IN_TEXT) {
-		buf_add(&m->dying, e, sizeof(*e));
-		m->reap_at = now_ms() + SET_GRACE;
+		buf_add(&m->dying[0], e, sizeof(*e));
+		if (m->reap_at == INT64_MAX)
+			m->reap_at = now_ms() + SET_GRACE;
 		return;
 	}
 	bpf_map_delete_elem(element_fd(m, e->map), e->bytes);
@@ -4147,12 +4158,14 @@ static void maps_put(struct maps *m, void **memory, const char *ns, const char *
 /* Deletes the elements nothing has pointed at for a while. */
 static void maps_reap(struct maps *m)
 {
-	struct element *e = (struct element *)m->dying.at;
+	struct element *e = (struct element *)m->dying[1].at;
 
-	for (size_t i = 0; i < m->dying.len / sizeof(*e); i++)
+	for (size_t i = 0; i < m->dying[1].len / sizeof(*e); i++)
 		bpf_map_delete_elem(element_fd(m, e[i].map), e[i].bytes);
-	buf_free(&m->dying);
-	m->reap_at = INT64_MAX;
+	buf_free(&m->dying[1]);
+	m->dying[1] = m->dying[0];
+	m->dying[0] = (struct buf){ 0 };
+	m->reap_at = m->dying[1].len ? now_ms() + SET_GRACE : INT64_MAX;
 }
 
 /* --- flows ----------------------------------------------------------------- */
