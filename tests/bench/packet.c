@@ -18,7 +18,9 @@
  * softirq, out of it.)
  *
  * In a round each node has its turn, the first being another one each time:
- *   new      conntrack is flushed, then N_NEW packets, each of a flow of its own
+ *   new      conntrack is flushed, then N_NEW packets, each of a flow of its own, to one
+ *            service after the other: with many services none is in the CPU's caches
+ *   to ten   the same, but to ten of the services, as if the others were there for nothing
  *   request  N_FLOWS flows over all services, each with one reply, so that conntrack
  *            holds them for established; then N_PACKETS of them in turns
  *   reply    the same number back
@@ -53,8 +55,8 @@
 #include <unistd.h>
 
 enum { N_BEFORE = 40000, N_NEW = 4000, N_FLOWS = 400, N_PACKETS = 40000, MAX_ROUNDS = 1000, MAX_NODES = 64 };
-enum { NEW, REQUEST, REPLY, N_KINDS };
-static const char *kinds[] = { "new flow", "request", "reply" };
+enum { NEW, TO_TEN, REQUEST, REPLY, N_KINDS };
+static const char *kinds[] = { "new flow", "to ten", "request", "reply" };
 
 struct packet { /* what a TUN takes: struct virtio_net_hdr, all 0, and the packet */
 	uint8_t vnet[10];
@@ -100,11 +102,13 @@ static uint16_t checksum(uint32_t s)
 	return ~s;
 }
 
-/* The packet of the node's flow number `flow`, to one service after the other in no
- * particular order (7919 is a prime). Addresses and ports are those of sync.py load. */
-static void packet_make(const struct node *n, unsigned flow, struct packet *p)
+/* The packet of the node's flow number `flow`, to `some` of its services, one after the
+ * other in no particular order (7919 is a prime). Addresses and ports are those of
+ * sync.py load. */
+static void packet_make(const struct node *n, unsigned flow, unsigned some, struct packet *p)
 {
-	unsigned service = (uint64_t)flow * 7919 % (n->services ? n->services : 1000);
+	unsigned all = n->services ? n->services : 1000;
+	unsigned service = (uint64_t)flow * 7919 % some * (all / some);
 
 	memset(p, 0, sizeof(*p));
 	put(p->ip, 4, 0x45000000 | (sizeof(*p) - sizeof(p->vnet)));
@@ -274,10 +278,10 @@ static double send_replies(struct node *n, const struct frame *frames, int n_fra
 	return took / times;
 }
 
-static void make_flows(struct node *n, struct packet *packets, int n_packets)
+static void make_flows(struct node *n, int services, struct packet *packets, int n_packets)
 {
 	for (int i = 0; i < n_packets; i++)
-		packet_make(n, n->n_flows++, &packets[i]);
+		packet_make(n, n->n_flows++, services ? services : 1000, &packets[i]);
 }
 
 /* The replies to these packets, each sent once. */
@@ -302,12 +306,14 @@ static void turn(struct node *n, double ns[N_KINDS], void (*between)(struct node
 	static struct packet packets[N_NEW];
 	static struct frame frames[N_FLOWS];
 
-	conntrack_flush(n);
-	make_flows(n, packets, N_NEW);
-	between(n, -1);
-	ns[NEW] = send_requests(n, packets, N_NEW, N_NEW);
-	between(n, NEW);
-	make_flows(n, packets, N_FLOWS);
+	for (int kind = NEW; kind <= TO_TEN; kind++) {
+		conntrack_flush(n);
+		make_flows(n, kind == NEW ? n->services : 10, packets, N_NEW);
+		between(n, -1);
+		ns[kind] = send_requests(n, packets, N_NEW, N_NEW);
+		between(n, kind);
+	}
+	make_flows(n, n->services, packets, N_FLOWS);
 	make_replies(n, packets, frames, N_FLOWS);
 	between(n, -1);
 	ns[REQUEST] = send_requests(n, packets, N_FLOWS, N_PACKETS);
@@ -327,7 +333,7 @@ static void fill(struct node *n)
 
 	for (int i = 0; i < N_BEFORE; i += N_NEW) {
 		conntrack_flush(n);
-		make_flows(n, packets, N_NEW);
+		make_flows(n, n->services, packets, N_NEW);
 		send_requests(n, packets, N_NEW, N_NEW);
 	}
 }
@@ -412,10 +418,10 @@ static void print_ratios(const struct node *n, const struct node *to, double bud
 	for (int kind = 0; kind < N_KINDS; kind++) {
 		r = ratio(n, to, kind);
 		if (to == n->reference)
-			printf("%14.0f%8.3f", median(n->ns[kind]), r);
+			printf("%11.0f%7.3f", median(n->ns[kind]), r);
 		else
-			printf("%14s%8.3f", "", r);
-		if (r > most && (kind != NEW || to != n->reference)) /* a packet's budget is not for new flows */
+			printf("%11s%7.3f", "", r);
+		if (r > most && (kind >= REQUEST || to != n->reference)) /* a packet's budget is not for new flows */
 			most = r;
 	}
 	if (!strncmp(n->name, "lifter", 6))
@@ -435,24 +441,24 @@ static const struct node *first_like(const struct node *n)
 
 static void print_table(void)
 {
-	printf("%-20s", "ns, ratio to nftables");
+	printf("%-22s", "ns, ratio to nftables");
 	for (int kind = 0; kind < N_KINDS; kind++)
-		printf("%14s%8s", kinds[kind], "");
+		printf("%11s%7s", kinds[kind], "");
 	putchar('\n');
 	for (const struct node *n = nodes; n < nodes + n_nodes; n++) {
-		printf("%-20s", n->name);
+		printf("%-22s", n->name);
 		print_ratios(n, n->reference, 1.05);
 		if (!n->program_ns[REQUEST])
 			continue;
-		printf("%-20s", "  our program's part");
+		printf("%-22s", "  our program's part");
 		for (int kind = 0; kind < N_KINDS; kind++)
-			printf("%14.0f%8s", n->program_ns[kind], "");
+			printf("%11.0f%7s", n->program_ns[kind], "");
 		putchar('\n');
 	}
 	puts("\nratio to the first of its kind");
 	for (const struct node *n = nodes; n < nodes + n_nodes; n++)
 		if (first_like(n) != n) {
-			printf("%-20s", n->name);
+			printf("%-22s", n->name);
 			print_ratios(n, first_like(n), 1.05);
 		}
 }
