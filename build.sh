@@ -668,6 +668,27 @@ verb_test() { # [LAYER...]: unit semantics api packet netns (the default), real,
 	[ $FAILED = 0 ]
 }
 
+# The benchmarks. Their budgets are printed beside what was measured; nothing fails by time.
+bench_sync() { tests/bench/sync; }
+bench_packet() {
+	test_program packet tests/bench/packet.c && PACKET=$BUILT tests/bench/packet
+}
+
+verb_bench() { # [sync|packet]: how fast and how small, beside kube-proxy (an hour; as root)
+	local one
+	as_root bench
+	need ip:iproute2 curl:curl sysctl:procps jq:jq openssl:openssl unshare:util-linux iptables:iptables nft:nftables \
+		strace:strace bpftool:bpftool /usr/bin/python3:python3
+	verb_build
+	for one in "${@:-sync packet}"; do
+		for one in $one; do
+			declare -F "bench_$one" >/dev/null || die "no such benchmark: $one"
+			step bench "$one"
+			"bench_$one"
+		done
+	done
+}
+
 verb_deps() { # build only the libraries
 	libraries "$NATIVE"
 	step libraries "$(versions)"
