@@ -45,7 +45,8 @@
 #include "tail_lifter.h"
 
 /* linux/icmp.h, which brings half of the C library with it */
-enum { ICMP_ECHOREPLY = 0, ICMP_DEST_UNREACH = 3, ICMP_PORT_UNREACH = 3, ICMP_ECHO = 8 };
+enum { ICMP_ECHOREPLY = 0, ICMP_DEST_UNREACH = 3, ICMP_PORT_UNREACH = 3, ICMP_ECHO = 8,
+       ICMP_TIME_EXCEEDED = 11, ICMP_PARAMETERPROB = 12 };
 
 #define __inline_always static inline __attribute__((always_inline))
 
@@ -107,6 +108,13 @@ struct {
 } frag_map SEC(".maps");
 
 struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, TL_MAX_DOORS);
+	__type(key, __u32);
+	__type(value, struct tl_door);
+} door_map SEC(".maps");
+
+struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, TL_MAX_REASONS);
 	__type(key, __u32);
@@ -161,7 +169,7 @@ struct packet {
 	bool fragment; /* part of a fragmented datagram ... */
 	bool later;    /* ... and not its first: it has no ports */
 	bool odd;      /* headers we cannot follow: not to be steered, see parse_ip */
-	bool syn, fin, rst; /* TCP: opens (SYN without ACK), closes */
+	bool syn, ack, fin, rst; /* TCP's flags */
 	/* What is above is cleared for each packet. */
 	struct tl_flow flow;  /* of a new flow: what the packet becomes */
 	__u8 quote[TL_QUOTE]; /* see refuse_icmp */
@@ -169,9 +177,11 @@ struct packet {
 	__u64 n_answers;      /* ... so many answers were sent by this CPU */
 };
 
+enum { PACKET, QUOTED, N_PACKETS }; /* the packet at hand; what an ICMP error quotes */
+
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, 1);
+	__uint(max_entries, N_PACKETS);
 	__type(key, __u32);
 	__type(value, struct packet);
 } packet_map SEC(".maps");
@@ -193,7 +203,6 @@ __inline_always bool is_mapped(const struct tl_addr *a)
 __inline_always void parse_end(struct __sk_buff *skb, struct packet *p, __u32 len)
 {
 	p->end = len || skb->len - p->l3 <= 0xffff ? p->l3 + len : skb->len;
-	p->odd |= p->end > skb->len;
 }
 
 __inline_always int parse_v4(struct __sk_buff *skb, struct packet *p, const struct iphdr *ip)
@@ -262,9 +271,16 @@ __inline_always int parse_v6(struct __sk_buff *skb, struct packet *p, const stru
 	return 0;
 }
 
-/* Fills *p down to the transport's offset; 0, or the reason to pass. On a link
- * without Ethernet header skb->protocol is not asked: the version nibble says
- * the same and is there in BPF_PROG_TEST_RUN too. */
+/* Another network's, another host's? On a link without Ethernet header
+ * skb->protocol is not asked: the version nibble says the same and is there in
+ * BPF_PROG_TEST_RUN too. */
+__inline_always bool is_foreign(const struct __sk_buff *skb, __u32 l3)
+{
+	return l3 && (skb->vlan_present || skb->pkt_type == PACKET_OTHERHOST ||
+		      (skb->protocol != bpf_htons(ETH_P_IP) && skb->protocol != bpf_htons(ETH_P_IPV6)));
+}
+
+/* Fills *p down to the transport's offset; 0, or the reason to pass. */
 __inline_always int parse_ip(struct __sk_buff *skb, struct packet *p, __u32 l3, __u8 dir)
 {
 	union {
@@ -275,9 +291,6 @@ __inline_always int parse_ip(struct __sk_buff *skb, struct packet *p, __u32 l3, 
 	__builtin_memset(p, 0, __builtin_offsetof(struct packet, flow));
 	p->l3 = l3;
 	p->tuple.dir = dir;
-	if (l3 && (skb->vlan_present || skb->pkt_type == PACKET_OTHERHOST || /* another network's, another host's */
-		   (skb->protocol != bpf_htons(ETH_P_IP) && skb->protocol != bpf_htons(ETH_P_IPV6))))
-		return TL_NOT_IP;
 	if (bpf_skb_load_bytes(skb, l3, &ip, sizeof(ip.v4)))
 		return TL_NOT_IP;
 	if (ip.v4.version == 4)
@@ -322,7 +335,7 @@ __inline_always int parse_ports(struct __sk_buff *skb, struct packet *p)
 	__be16 ports[2];
 	__u8 flags;
 
-	if (p->odd)
+	if (p->odd || p->end > skb->len)
 		return TL_BAD_HEADER;
 	if (p->tuple.proto != IPPROTO_TCP && p->tuple.proto != IPPROTO_UDP &&
 	    p->tuple.proto != IPPROTO_SCTP)
@@ -338,23 +351,40 @@ __inline_always int parse_ports(struct __sk_buff *skb, struct packet *p)
 		if (bpf_skb_load_bytes(skb, p->l4 + 13, &flags, 1))
 			return TL_BAD_HEADER;
 		p->fin = flags & 0x01;
+		p->syn = flags & 0x02;
 		p->rst = flags & 0x04;
-		p->syn = (flags & 0x12) == 0x02;
+		p->ack = flags & 0x10;
 	}
 	return 0;
 }
 
-/* Is it an echo request for an address we serve? */
-__inline_always bool is_ping(struct __sk_buff *skb, const struct packet *p)
+/* The type of an ICMP or ICMPv6 message, else -1. */
+__inline_always int icmp_type(struct __sk_buff *skb, const struct packet *p)
 {
 	__u8 type;
 
-	if (p->fragment || p->odd || p->tuple.proto != (p->v6 ? IPPROTO_ICMPV6 : IPPROTO_ICMP))
-		return false;
-	return !bpf_skb_load_bytes(skb, p->l4, &type, 1) && type == (p->v6 ? ICMPV6_ECHO_REQUEST : ICMP_ECHO);
+	if (p->fragment || p->odd || p->end > skb->len || p->tuple.proto != (p->v6 ? IPPROTO_ICMPV6 : IPPROTO_ICMP) ||
+	    bpf_skb_load_bytes(skb, p->l4, &type, 1))
+		return -1;
+	return type;
+}
+
+__inline_always bool is_error(const struct packet *p, int type)
+{
+	if (p->v6)
+		return type >= ICMPV6_DEST_UNREACH && type <= ICMPV6_PARAMPROB;
+	return type == ICMP_DEST_UNREACH || type == ICMP_TIME_EXCEEDED || type == ICMP_PARAMETERPROB;
 }
 
 /* === writing ============================================================== */
+__inline_always __u16 fold(__u64 sum)
+{
+	sum = (sum >> 32) + (sum & 0xffffffff);
+	sum = (sum >> 16) + (sum & 0xffff);
+	sum = (sum >> 16) + (sum & 0xffff);
+	return (sum >> 16) + (sum & 0xffff);
+}
+
 /* Where the transport's checksum is; 0: it has none that covers addresses
  * (SCTP's CRC does not, and its ports are never changed). */
 __inline_always __u32 checksum_offset(const struct packet *p)
@@ -549,7 +579,7 @@ __inline_always void other_key(const struct tl_flow *flow, __u8 dir, struct tl_t
 	key->dst = flow->src;
 	key->sport = flow->dport;
 	key->dport = flow->sport;
-	key->dir = !dir;
+	key->dir = dir ^ 1;
 	key->zero = 0;
 }
 
@@ -573,13 +603,20 @@ __inline_always bool same_meaning(const struct tl_flow *a, const struct tl_flow 
 	       same_addr(&a->dst, &b->dst);
 }
 
+/* Nobody would hold it against us: conntrack would have forgotten it too. */
+__inline_always bool is_expired(__u8 proto, const struct tl_flow *flow)
+{
+	return bpf_jiffies64() - flow->seen > tl_flow_idle(proto, flow->state) * tl_hz;
+}
+
 /* Writes the other half of `flow` unless it is there; 0, TL_FLOW_HEALED if it
  * had to be written, TL_STALE_REPLY if its place belongs to another flow,
  * TL_FLOW_TABLE if it could not be written. */
 static __attribute__((noinline)) int keep_other(const struct tl_tuple *t, const struct tl_flow *flow)
 {
 	struct tl_tuple key = { .proto = t->proto };
-	struct tl_flow *there, other = { .name = flow->name, .seed = flow->seed, .seen = flow->seen };
+	struct tl_flow *there, other = { .name = flow->name, .seed = flow->seed, .seen = flow->seen,
+					 .state = flow->state };
 
 	other_key(flow, t->dir, &key);
 	other_half(t, &other);
@@ -591,27 +628,31 @@ static __attribute__((noinline)) int keep_other(const struct tl_tuple *t, const 
 	if (!there)
 		return TL_FLOW_TABLE;
 	if (!same_meaning(there, &other))
-		return TL_STALE_REPLY;
+		return is_expired(t->proto, there) && !bpf_map_update_elem(&ct_map, &key, &other, BPF_ANY) ?
+			       TL_FLOW_HEALED :
+			       TL_STALE_REPLY;
 	there->seen = flow->seen;
+	there->state = flow->state;
 	return 0;
 }
 
-/* Accounts for a packet of a known flow, and once a second looks after its
- * other half, so that neither is evicted while the flow is in use and a lost
- * one returns (invariant 4). 0, or why the flow is no longer good. */
+/* Accounts for a packet of a known flow, and when the flow's state changes, and
+ * once a second, looks after its other half, so that neither is evicted while the
+ * flow is in use and a lost one returns (invariant 4). 0, or why the flow is no
+ * longer good. */
 __inline_always int use_flow(struct __sk_buff *skb, const struct packet *p, struct tl_flow *flow)
 {
+	bool back = p->tuple.dir & 1;
+	__u32 state = flow->state | (back ? TL_FLOW_ANSWERED : 0) | (p->rst ? TL_FLOW_RST : 0) |
+		      (p->fin ? (back ? TL_FLOW_FIN_BACK : TL_FLOW_FIN) : 0);
 	__u64 now = bpf_jiffies64();
 	int reason;
 
 	flow->packets++;
 	flow->bytes += skb->len;
-	if (p->fin)
-		flow->state |= TL_FLOW_FIN;
-	if (p->rst)
-		flow->state |= TL_FLOW_RST;
-	if (now - flow->seen < tl_hz)
+	if (state == flow->state && now - flow->seen < tl_hz)
 		return 0;
+	flow->state = state;
 	flow->seen = now;
 	reason = keep_other(&p->tuple, flow);
 	if (reason == TL_FLOW_HEALED)
@@ -621,25 +662,18 @@ __inline_always int use_flow(struct __sk_buff *skb, const struct packet *p, stru
 	return reason == TL_FLOW_HEALED ? 0 : reason;
 }
 
-/* Writes both halves of a new flow to `backend`, the reply's first: a request
- * never goes out before its reply can come back. If the reply's place is taken,
- * by the same client port talking to the same backend through another service,
- * this flow gets another source port (invariant 3). 0 or a reason; *flow is what
- * the packet becomes. */
-static __attribute__((noinline)) int begin_flow(const struct tl_tuple *t, const struct tl_backend *backend,
-						const struct tl_svc *svc, __u32 len, struct tl_flow *flow)
+/* Writes both halves of a new flow, whose *flow is filled but for what is counted,
+ * the reply's first: a request never goes out before its reply can come back. If
+ * the reply's place is taken, by the same client port talking to the same backend
+ * through another service, this flow gets another source port (invariant 3), not
+ * below `least`. 0 or a reason. */
+static __attribute__((noinline)) int begin_flow(const struct tl_tuple *t, struct tl_flow *flow, __u32 len,
+						__u32 least)
 {
 	__u64 hash = hash_tuple(t);
 	int reason;
 
-	flow->src = t->src;
-	flow->dst = backend->addr;
-	flow->sport = t->sport;
-	flow->dport = backend->port;
-	flow->name = svc->name;
-	flow->seed = backend->seed;
 	flow->seen = bpf_jiffies64();
-	flow->state = 0;
 	flow->packets = 1;
 	flow->bytes = len;
 	for (int i = 0; i < TL_PORT_TRIES; i++) {
@@ -649,15 +683,12 @@ static __attribute__((noinline)) int begin_flow(const struct tl_tuple *t, const 
 		if (t->proto == IPPROTO_SCTP) /* its checksum we cannot mend */
 			return TL_NO_SOURCE_PORT;
 		hash = mix(hash);
-		flow->sport = bpf_htons(1024 + hash % (65536 - 1024));
+		flow->sport = bpf_htons(least + hash % (65536 - least));
 	}
 	if (reason == TL_STALE_REPLY)
 		return TL_NO_SOURCE_PORT;
 	if (reason == TL_FLOW_TABLE || bpf_map_update_elem(&ct_map, t, flow, BPF_ANY))
 		return TL_FLOW_TABLE;
-	count(TL_FLOW_NEW);
-	if (flow->sport != t->sport)
-		count(TL_PORT_CHANGED);
 	return 0;
 }
 
@@ -677,15 +708,42 @@ __inline_always void forget_flow(const struct tl_tuple *t, const struct tl_flow 
 	bpf_map_delete_elem(&ct_map, t);
 }
 
-/* Nobody would hold it against us: conntrack would have forgotten it too. */
-__inline_always bool is_expired(const struct tl_tuple *t, const struct tl_flow *flow)
+/* === translation ========================================================== */
+/* The MSS in a SYN becomes what fits through the tunnel, if it is more: segments
+ * that do not fit would be cut up or lost. */
+static __attribute__((noinline)) int clamp_mss(struct __sk_buff *skb, const struct packet *p)
 {
-	__u64 idle = t->proto == IPPROTO_UDP ? TL_UDP_IDLE : TL_TCP_IDLE;
+	__u32 key = skb->ifindex, at = p->l4 + sizeof(struct tcphdr), most;
+	struct tl_door *door = bpf_map_lookup_elem(&door_map, &key);
+	__be16 old, new;
+	__u8 opt[4], doff;
 
-	return bpf_jiffies64() - flow->seen > idle * tl_hz;
+	if (!door || door->mtu < 128 || bpf_skb_load_bytes(skb, p->l4 + 12, &doff, 1))
+		return 0;
+	most = door->mtu - (p->v6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr)) - sizeof(struct tcphdr);
+	for (int i = 0; i < TL_OPTIONS; i++, at += opt[0] == 1 ? 1 : opt[1]) { /* 1: NOP, a byte alone */
+		if (at + sizeof(opt) > p->l4 + (doff >> 4) * 4 || bpf_skb_load_bytes(skb, at, opt, sizeof(opt)) ||
+		    !opt[0] || (opt[0] != 1 && opt[1] < 2))
+			return 0;
+		if (opt[0] == 2 && opt[1] == sizeof(opt))
+			break;
+	}
+	if (opt[0] != 2 || opt[1] != sizeof(opt) || (__u32)(opt[2] << 8 | opt[3]) <= most)
+		return 0;
+	old = bpf_htons(opt[2] << 8 | opt[3]);
+	new = bpf_htons(most);
+	if (bpf_skb_store_bytes(skb, at + 2, &new, 2, 0))
+		return TL_WRITE;
+	if ((at - p->l4) & 1) { /* it lies across two words of the sum */
+		old = old << 8 | old >> 8;
+		new = new << 8 | new >> 8;
+	}
+	if (bpf_l4_csum_replace(skb, checksum_offset(p), old, new, 2))
+		return TL_WRITE;
+	count(TL_MSS_CLAMPED);
+	return 0;
 }
 
-/* === directions =========================================================== */
 /* A packet of a flow: remembered if it is the first of its fragments, then
  * rewritten. */
 __inline_always int translate(struct __sk_buff *skb, struct packet *p, const struct tl_flow *flow, int done)
@@ -699,15 +757,81 @@ __inline_always int translate(struct __sk_buff *skb, struct packet *p, const str
 		bpf_map_update_elem(&frag_map, &key, &ports, BPF_ANY);
 	}
 	reason = write_packet(skb, p, flow);
+	if (!reason && p->syn && p->tuple.dir <= TL_REPLY)
+		reason = clamp_mss(skb, p);
 	return reason ? reason : done;
 }
 
+/* An error quotes the packet it is about, whose flow goes the other way: the quote,
+ * turned around, is a packet of the flow that the error travels along. The addresses
+ * outside become what they would for such a packet, and the quote what its receiver
+ * has sent. The source may be a router, whose address stays, but not towards the
+ * client: who may send it what is known by address (AllowedIPs). Checksums inside
+ * are mended too; then that of the ICMP message only changes for what they do not
+ * cover. 0 if it is about no flow of ours. */
+static __attribute__((noinline)) int icmp_error(struct __sk_buff *skb, struct packet *p)
+{
+	__u32 which = QUOTED, check, icmp_check = p->l4 + __builtin_offsetof(struct icmp6hdr, icmp6_cksum);
+	struct packet *q = bpf_map_lookup_elem(&packet_map, &which);
+	struct tl_tuple key = { .dir = p->tuple.dir };
+	struct tl_flow *flow;
+	__be16 ports[2], old, new;
+	struct tl_addr to[2];
+	__u64 sum;
+
+	if (!q || parse_ip(skb, q, p->l4 + sizeof(struct icmp6hdr), 0) || q->v6 != p->v6 || q->odd || q->later ||
+	    (q->tuple.proto != IPPROTO_TCP && q->tuple.proto != IPPROTO_UDP && q->tuple.proto != IPPROTO_SCTP) ||
+	    q->l4 + 4 > p->end || bpf_skb_load_bytes(skb, q->l4, ports, 4) || !same_addr(&q->tuple.src, &p->tuple.dst))
+		return 0;
+	q->tuple.sport = ports[0];
+	q->tuple.dport = ports[1];
+	key.src = q->tuple.dst;
+	key.dst = q->tuple.src;
+	key.sport = ports[1];
+	key.dport = ports[0];
+	key.proto = q->tuple.proto;
+	flow = bpf_map_lookup_elem(&ct_map, &key);
+	if (!flow)
+		return 0;
+	to[0] = p->tuple.dir == TL_REPLY || same_addr(&p->tuple.src, &key.src) ? flow->src : p->tuple.src;
+	to[1] = flow->dst;
+	if (write_addresses(skb, p, to, p->v6 ? icmp_check : 0, 0))
+		return TL_WRITE;
+	to[0] = flow->dst;
+	to[1] = flow->src;
+	ports[0] = flow->dport;
+	ports[1] = flow->sport;
+	check = checksum_offset(q);
+	if (check && check + 2 <= p->end && !bpf_skb_load_bytes(skb, check, &old, 2) &&
+	    (old || key.proto != IPPROTO_UDP)) {
+		sum = (__u32)bpf_csum_diff((void *)&q->tuple.src, 32, (void *)to, 32, (__u16)~old);
+		new = ~fold((__u32)bpf_csum_diff((void *)&q->tuple.sport, 4, (void *)ports, 4, sum));
+		if (!new && key.proto == IPPROTO_UDP)
+			new = 0xffff;
+		if (bpf_skb_store_bytes(skb, check, &new, 2, 0) || bpf_l4_csum_replace(skb, icmp_check, old, new, 2))
+			return TL_WRITE;
+	}
+	if (write_addresses(skb, q, to, p->v6 ? icmp_check : 0, 0) || write_ports(skb, q, ports, icmp_check, 0))
+		return TL_WRITE;
+	return TL_ICMP_ERROR;
+}
+
+/* A packet without ports: the reason of an error about a flow of ours, else `otherwise`. */
+__inline_always int without_ports(struct __sk_buff *skb, struct packet *p, int otherwise)
+{
+	int reason = is_error(p, icmp_type(skb, p)) ? icmp_error(skb, p) : 0;
+
+	return reason ? reason : otherwise;
+}
+
+/* === directions =========================================================== */
 /* A request without a flow, or a SYN, which asks anew: a flow whose backend is
  * still in the set and that nobody closed stays where it is (the SYN came
  * twice), any other is replaced. */
 __inline_always int new_request(struct __sk_buff *skb, struct packet *p, struct tl_flow *old)
 {
-	__u64 prefer = old && !old->state ? old->seed : 0;
+	__u64 prefer = old && !(old->state & TL_FLOW_CLOSED) ? old->seed : 0;
+	struct tl_flow *flow = &p->flow;
 	struct tl_backend *backend;
 	struct tl_svc *svc;
 	int reason = 0;
@@ -720,49 +844,65 @@ __inline_always int new_request(struct __sk_buff *skb, struct packet *p, struct 
 	backend = backend_for(p, svc, prefer, &reason);
 	if (!backend)
 		return reason;
-	if (old && old->seed == backend->seed && !use_flow(skb, p, old)) {
-		old->state = 0;
-		return translate(skb, p, old, TL_REQUEST_SENT);
+	if (old && old->seed == backend->seed) {
+		old->state &= TL_FLOW_SNAT; /* it begins anew */
+		old->seen = 0;
+		if (!use_flow(skb, p, old))
+			return translate(skb, p, old, TL_REQUEST_SENT);
 	}
 	if (old)
 		forget_flow(&p->tuple, old);
-	reason = begin_flow(&p->tuple, backend, svc, skb->len, &p->flow);
+	flow->src = p->tuple.src;
+	flow->dst = backend->addr;
+	flow->sport = p->tuple.sport;
+	flow->dport = backend->port;
+	flow->state = backend->flags & TL_BACKEND_SNAT ? TL_FLOW_SNAT : 0;
+	flow->name = svc->name;
+	flow->seed = backend->seed;
+	reason = begin_flow(&p->tuple, flow, skb->len, 1024);
 	if (reason)
 		return reason;
-	return translate(skb, p, &p->flow, TL_REQUEST_SENT);
+	count(TL_FLOW_NEW);
+	if (flow->sport != p->tuple.sport)
+		count(TL_PORT_CHANGED);
+	return translate(skb, p, flow, TL_REQUEST_SENT);
 }
 
-__inline_always int request(struct __sk_buff *skb, struct packet *p, __u32 l3)
+static __attribute__((noinline)) int request(struct __sk_buff *skb, struct packet *p, __u32 l3)
 {
 	struct tl_flow *flow;
-	int reason, served;
+	int reason, served, type;
 
-	reason = parse_ip(skb, p, l3, TL_REQUEST);
+	reason = is_foreign(skb, l3) ? TL_NOT_IP : parse_ip(skb, p, l3, TL_REQUEST);
 	if (reason)
 		return reason;
 	reason = parse_ports(skb, p);
 	if (reason) { /* matters only if it is for one of our addresses */
-		served = reason_without_service(p);
-		if (served == TL_NO_PORT && reason == TL_PROTOCOL && is_ping(skb, p))
+		served = without_ports(skb, p, reason_without_service(p));
+		if (served != TL_NO_PORT || reason != TL_PROTOCOL)
+			return served == TL_NO_PORT ? reason : served;
+		type = icmp_type(skb, p);
+		if (type == (p->v6 ? ICMPV6_ECHO_REQUEST : ICMP_ECHO))
 			return TL_PING;
-		return served == TL_NO_PORT ? reason : served;
+		return is_error(p, type) ? TL_ICMP_STRAY : TL_PROTOCOL;
 	}
 	flow = bpf_map_lookup_elem(&ct_map, &p->tuple);
-	if (flow && !p->syn && !is_expired(&p->tuple, flow) && !use_flow(skb, p, flow))
+	if (flow && !(p->syn && !p->ack) && !is_expired(p->tuple.proto, flow) && !use_flow(skb, p, flow))
 		return translate(skb, p, flow, TL_REQUEST_SENT);
 	return new_request(skb, p, flow);
 }
 
-__inline_always int reply(struct __sk_buff *skb, struct packet *p, __u32 l3)
+/* What comes from a backend, by the road of its requests back: TL_REPLY or TL_BACK. */
+__inline_always int from_backend(struct __sk_buff *skb, struct packet *p, __u32 l3, __u8 dir, int done)
 {
 	struct tl_flow *flow;
 	int reason;
 
-	reason = parse_ip(skb, p, l3, TL_REPLY);
+	reason = is_foreign(skb, l3) ? TL_NOT_IP : parse_ip(skb, p, l3, dir);
 	if (reason)
 		return reason;
 	if (parse_ports(skb, p))
-		return TL_NO_FLOW;
+		return without_ports(skb, p, TL_NO_FLOW);
 	flow = bpf_map_lookup_elem(&ct_map, &p->tuple);
 	if (!flow)
 		return TL_NO_FLOW;
@@ -771,7 +911,62 @@ __inline_always int reply(struct __sk_buff *skb, struct packet *p, __u32 l3)
 		bpf_map_delete_elem(&ct_map, &p->tuple);
 	if (reason)
 		return reason;
-	return translate(skb, p, flow, TL_REPLY_SENT);
+	return translate(skb, p, flow, done);
+}
+
+static __attribute__((noinline)) int reply(struct __sk_buff *skb, struct packet *p, __u32 l3)
+{
+	return from_backend(skb, p, l3, TL_REPLY, TL_REPLY_SENT);
+}
+
+/* Source NAT (--snat), where the packet leaves towards a pod, behind all that the
+ * stack does, so that conntrack sees client <-> pod whatever we write. A packet
+ * whose source another masquerade has changed is no longer of a flow we know. */
+static __attribute__((noinline)) int out(struct __sk_buff *skb, struct packet *p, __u32 l3)
+{
+	struct tl_tuple key = {};
+	struct tl_flow *flow, *of;
+	struct tl_door *door;
+	__u32 ifindex = skb->ifindex;
+	int reason;
+
+	reason = is_foreign(skb, l3) ? TL_NOT_IP : parse_ip(skb, p, l3, TL_OUT);
+	if (reason)
+		return reason;
+	if (parse_ports(skb, p))
+		return without_ports(skb, p, TL_NO_FLOW);
+	flow = bpf_map_lookup_elem(&ct_map, &p->tuple);
+	if (flow && !is_expired(p->tuple.proto, flow) && !use_flow(skb, p, flow))
+		return translate(skb, p, flow, TL_SNAT_OUT);
+	key.src = p->tuple.dst;
+	key.dst = p->tuple.src;
+	key.sport = p->tuple.dport;
+	key.dport = p->tuple.sport;
+	key.proto = p->tuple.proto;
+	key.dir = TL_REPLY;
+	of = bpf_map_lookup_elem(&ct_map, &key);
+	door = bpf_map_lookup_elem(&door_map, &ifindex);
+	if (!of || !(of->state & TL_FLOW_SNAT) || !door)
+		return TL_NO_FLOW;
+	p->flow.src = p->v6 ? door->snat[1] : door->snat[0];
+	if (!p->flow.src.w[3] && !p->flow.src.w[0])
+		return TL_NO_FLOW;
+	p->flow.dst = p->tuple.dst;
+	p->flow.sport = p->tuple.proto == IPPROTO_SCTP ? p->tuple.sport :
+			bpf_htons(TL_SNAT_LEAST + hash_tuple(&p->tuple) % (65536 - TL_SNAT_LEAST));
+	p->flow.dport = p->tuple.dport;
+	p->flow.state = 0;
+	p->flow.name = of->name;
+	p->flow.seed = of->seed;
+	reason = begin_flow(&p->tuple, &p->flow, skb->len, TL_SNAT_LEAST);
+	if (reason)
+		return reason == TL_NO_SOURCE_PORT ? TL_SNAT_PORTS : reason;
+	return translate(skb, p, &p->flow, TL_SNAT_OUT);
+}
+
+static __attribute__((noinline)) int back(struct __sk_buff *skb, struct packet *p, __u32 l3)
+{
+	return from_backend(skb, p, l3, TL_BACK, TL_SNAT_BACK);
 }
 
 /* === answers ==============================================================
@@ -801,14 +996,6 @@ __inline_always int send_back(struct __sk_buff *skb, const struct packet *p)
 			return -1;
 	}
 	return bpf_redirect(skb->ifindex, 0);
-}
-
-__inline_always __u16 fold(__u64 sum)
-{
-	sum = (sum >> 32) + (sum & 0xffffffff);
-	sum = (sum >> 16) + (sum & 0xffff);
-	sum = (sum >> 16) + (sum & 0xffff);
-	return (sum >> 16) + (sum & 0xffff);
 }
 
 /* The pseudo-header's sum; the same both ways, and v4-mapped addresses add a
@@ -958,10 +1145,10 @@ static __attribute__((noinline)) int answer(struct __sk_buff *skb, struct packet
  * The section name serves both: on kernels without tcx the agent attaches the
  * same program by cls_bpf. */
 /* The only entry and the only exit. */
-__inline_always int open_door(struct __sk_buff *skb,
-			      int (*direction)(struct __sk_buff *, struct packet *, __u32), __u32 l3)
+__inline_always int open_door(struct __sk_buff *skb, int (*direction)(struct __sk_buff *, struct packet *, __u32),
+			      __u32 l3)
 {
-	__u32 key = 0;
+	__u32 key = PACKET;
 	struct packet *p = bpf_map_lookup_elem(&packet_map, &key);
 	enum tl_reason reason;
 	enum fate fate;
@@ -976,28 +1163,19 @@ __inline_always int open_door(struct __sk_buff *skb,
 	return fate == DROP ? TC_ACT_SHOT : answer(skb, p, fate == ECHO);
 }
 
-SEC("tcx/ingress")
-int from_tailnet(struct __sk_buff *skb)
-{
-	return open_door(skb, request, 0);
-}
-
-SEC("tcx/egress")
-int to_tailnet(struct __sk_buff *skb)
-{
-	return open_door(skb, reply, 0);
-}
-
-SEC("tcx/ingress")
-int from_tailnet_l2(struct __sk_buff *skb)
-{
-	return open_door(skb, request, ETH_HLEN);
-}
-
-SEC("tcx/egress")
-int to_tailnet_l2(struct __sk_buff *skb)
-{
-	return open_door(skb, reply, ETH_HLEN);
-}
+#define DOOR(name, hook, direction, l3)       \
+	SEC(hook)                             \
+	int name(struct __sk_buff *skb)       \
+	{                                     \
+		return open_door(skb, direction, l3); \
+	}
+DOOR(from_tailnet, "tcx/ingress", request, 0)
+DOOR(from_tailnet_l2, "tcx/ingress", request, ETH_HLEN)
+DOOR(to_tailnet, "tcx/egress", reply, 0)
+DOOR(to_tailnet_l2, "tcx/egress", reply, ETH_HLEN)
+DOOR(to_pods, "tcx/egress", out, 0)
+DOOR(to_pods_l2, "tcx/egress", out, ETH_HLEN)
+DOOR(from_pods, "tcx/ingress", back, 0)
+DOOR(from_pods_l2, "tcx/ingress", back, ETH_HLEN)
 
 char LICENSE[] SEC("license") = "Dual MIT/GPL";

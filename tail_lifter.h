@@ -29,8 +29,9 @@
 #define TL_MAX_REASONS	64
 #define TL_ANSWERS	1000  /* a second and CPU: resets, unreachables, pings; as net.ipv4.icmp_msgs_per_sec */
 #define TL_QUOTE	256   /* bytes of a refused packet that its ICMP error quotes */
-#define TL_UDP_IDLE	180   /* seconds; nf_conntrack_udp_timeout_stream */
-#define TL_TCP_IDLE	86400 /* seconds; kube-proxy's --conntrack-tcp-timeout-established */
+#define TL_OPTIONS	8     /* TCP options of a SYN looked through for its MSS */
+#define TL_SNAT_LEAST	61000 /* and up to 65535: above the usual ip_local_port_range */
+#define TL_MAX_DOORS	256   /* interfaces */
 
 struct tl_addr {
 	__be32 w[4];
@@ -80,7 +81,10 @@ struct tl_backend {
 	__u32 index; /* its place in the set; a number the verifier cannot know keeps its states few */
 };
 
-enum tl_backend_flags { TL_BACKEND_LOCAL = 1 };
+enum tl_backend_flags {
+	TL_BACKEND_LOCAL = 1,
+	TL_BACKEND_SNAT = 2, /* it sees this node's address instead of the client's (--snat) */
+};
 
 struct tl_chunk {
 	struct tl_backend at[TL_CHUNK];
@@ -105,9 +109,18 @@ struct tl_net_key {
 	struct tl_addr addr;
 };
 
+/* door_map: what the agent knows of an interface we are attached to, by ifindex. */
+struct tl_door {
+	__u32 mtu;		/* of the VPN: the MSS of SYNs is clamped to it; 0: not */
+	__u32 zero;
+	struct tl_addr snat[2]; /* towards pods: our address there, IPv4 and IPv6; 0: none */
+};
+
 /* ct_map: a flow is a pair of entries. TL_REQUEST is keyed by what the client
  * sends, TL_REPLY by what the backend sends; each says what the packet becomes,
- * so each is enough to find and to restore the other. */
+ * so each is enough to find and to restore the other. With source NAT there is a
+ * second pair, TL_OUT and TL_BACK, made in the same way, of what leaves towards
+ * the backend and what comes back from it. */
 struct tl_tuple {
 	struct tl_addr src, dst;
 	__be16 sport, dport;
@@ -129,14 +142,33 @@ struct tl_frag {
 	__be16 sport, dport;
 };
 
-enum tl_dir { TL_REQUEST, TL_REPLY };
+enum tl_dir { TL_REQUEST, TL_REPLY, TL_OUT, TL_BACK }; /* the last bit: from the backend */
 
-enum tl_flow_state { TL_FLOW_FIN = 1, TL_FLOW_RST = 2 }; /* seen this way */
+/* Both halves have the same. */
+enum tl_flow_state {
+	TL_FLOW_ANSWERED = 1,  /* the backend has sent something */
+	TL_FLOW_FIN = 2,       /* the client has, */
+	TL_FLOW_FIN_BACK = 4,  /* the backend has sent a FIN, */
+	TL_FLOW_RST = 8,       /* either of them a RST */
+	TL_FLOW_SNAT = 16,     /* begun for a TL_BACKEND_SNAT */
+	TL_FLOW_CLOSED = TL_FLOW_FIN | TL_FLOW_FIN_BACK | TL_FLOW_RST,
+};
+
+/* Seconds without a packet after which a flow is over. As conntrack's timeouts,
+ * kube-proxy's for TCP (nf_conntrack_*_timeout*, --conntrack-tcp-timeout-*). */
+static inline __u32 tl_flow_idle(__u8 proto, __u32 state)
+{
+	if (proto == 17) /* IPPROTO_UDP, for which either side's headers would do */
+		return state & TL_FLOW_ANSWERED ? 180 : 30;
+	if (state & TL_FLOW_CLOSED)
+		return state & TL_FLOW_RST ? 10 : 120;
+	return state & TL_FLOW_ANSWERED ? 86400 : 120;
+}
 
 struct tl_flow {
 	struct tl_addr src, dst; /* the packet becomes this */
 	__be16 sport, dport;
-	__u32 state; /* enum tl_flow_state bits */
+	__u32 state; /* enum tl_flow_state */
 	__u64 seen;  /* jiffies of the last look at the pair, at most a second old while in use */
 	__u64 name;  /* tl_svc.name */
 	__u64 seed;  /* tl_backend.seed */
@@ -167,8 +199,8 @@ struct tl_agent {
 
 /* Why a packet met its fate. Each line makes the enum, the counter in stat_map
  * (per CPU, by the enum's number), what is done with the packet, and the words in
- * --status. New ones go to the end: numbers outlive versions. The flow_ ones, and
- * port_changed and unanswered, count beside a packet's own reason. */
+ * --status. New ones go to the end: numbers outlive versions. The flow_ ones,
+ * port_changed, mss_clamped and unanswered count beside a packet's own reason. */
 #define TL_REASONS(X)                                                                       \
 	X(REQUEST_SENT, "request", PASS, "requests sent on to a backend")                        \
 	X(REPLY_SENT, "reply", PASS, "replies sent back to the client")                          \
@@ -193,7 +225,13 @@ struct tl_agent {
 	X(FLOW_HEALED, "flow_healed", PASS, "flows whose other half had to be restored")    \
 	X(PORT_CHANGED, "port_changed", PASS, "flows that needed another source port")      \
 	X(PING, "ping", ECHO, "answered: pings of a service's address")                     \
-	X(UNANSWERED, "unanswered", DROP, "refused without telling the client: too many, or not possible")
+	X(UNANSWERED, "unanswered", DROP, "refused without telling the client: too many, or not possible") \
+	X(ICMP_ERROR, "icmp_error", PASS, "ICMP errors sent along the flow they are about")  \
+	X(ICMP_STRAY, "icmp_stray", DROP, "dropped: an ICMP error to a service, about no flow") \
+	X(MSS_CLAMPED, "mss_clamped", PASS, "SYNs whose MSS was more than fits through the tunnel") \
+	X(SNAT_OUT, "snat_out", PASS, "requests that left with this node's address")         \
+	X(SNAT_BACK, "snat_back", PASS, "replies to this node's address, given the client's") \
+	X(SNAT_PORTS, "snat_ports", DROP, "dropped: no free source port of this node towards the backend")
 
 #define TL_ENUM(name, key, verdict, text) TL_##name,
 enum tl_reason { TL_REASONS(TL_ENUM) TL_N_REASONS };

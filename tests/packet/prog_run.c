@@ -12,7 +12,8 @@
  *   agent FILE                                run LIFTER --once --from FILE
  *   row NAME DOOR VERDICT COUNTERS IN OUT     one frame; what must come of it
  *   any NAME DOOR IN                          one frame; the rules for bad input hold
- *   put MAP KEY VALUE | delete MAP KEY        an element; KEY need not be there
+ *   put MAP KEY VALUE | delete MAP KEY        an element; KEY need not be there (ct: used
+ *                                             when the last flow was)
  *   has MAP KEY yes|no                        is it there?
  *   age MAP KEY SECONDS                       last used that much earlier (ct, aff)
  *   clear                                     no flows, fragments, affinities
@@ -25,7 +26,7 @@
  * VERDICT is a number of linux/pkt_cls.h. # begins a comment.
  *
  * Bad input: one reason, the verdict that it has, and nothing written unless the reason
- * is request or reply, and then as long as before; or an answer was sent instead.
+ * is request, reply or icmp_error, and then as long as before; or an answer was sent instead.
  *
  * Prints for each row, any and has: LINE ok|FAIL|refused NAME VERDICT COUNTERS OUT, with
  * -q only failures; `refused` is a frame too short for the kernel to test. At last
@@ -120,6 +121,18 @@ static int map_age(enum map map, const void *key, int seconds)
 		return -1;
 	*at -= seconds * (1000000000ULL / tick.tv_nsec);
 	return bpf_map_update_elem(map_fd[map], key, value, BPF_EXIST);
+}
+
+static __u64 last_use(void)
+{
+	struct tl_tuple key, *last = NULL;
+	struct tl_flow flow;
+	__u64 seen = 0;
+
+	for (; !bpf_map_get_next_key(map_fd[CT], last, &key); last = &key)
+		if (!bpf_map_lookup_elem(map_fd[CT], &key, &flow) && flow.seen > seen)
+			seen = flow.seen;
+	return seen;
 }
 
 static bool counters_known; /* those after the frame before are those before this one */
@@ -257,7 +270,7 @@ struct result {
 static bool is_event(int reason)
 {
 	return reason == TL_FLOW_NEW || reason == TL_FLOW_HEALED || reason == TL_PORT_CHANGED ||
-		reason == TL_UNANSWERED;
+		reason == TL_UNANSWERED || reason == TL_MSS_CLAMPED;
 }
 
 static void run_frame(const char *where, const unsigned char *in, int len, struct result *r)
@@ -376,7 +389,8 @@ static bool suits(const struct result *r, int len, bool same)
 	switch (reasons[r->reason].fate) {
 	case PASS:
 		return r->verdict == TC_ACT_UNSPEC && r->len == len &&
-			(same || r->reason == TL_REQUEST_SENT || r->reason == TL_REPLY_SENT);
+			(same || r->reason == TL_REQUEST_SENT || r->reason == TL_REPLY_SENT ||
+			 r->reason == TL_ICMP_ERROR);
 	case DROP:
 		return r->verdict == TC_ACT_SHOT && same;
 	default: /* an answer, or none */
@@ -409,7 +423,7 @@ static enum map map_named(const char *name)
 
 static void element(const char *word, char **arg)
 {
-	unsigned char key[256], value[4096];
+	unsigned char key[256], value[4096] __attribute__((aligned(8)));
 	enum map map = map_named(arg[0]);
 	bool there;
 	int e = 0;
@@ -417,6 +431,8 @@ static void element(const char *word, char **arg)
 	from_hex(arg[1], key, sizeof(key));
 	if (!strcmp(word, "put")) {
 		from_hex(arg[2], value, sizeof(value));
+		if (map == CT)
+			((struct tl_flow *)value)->seen = last_use();
 		e = bpf_map_update_elem(map_fd[map], key, value, BPF_ANY);
 	} else if (!strcmp(word, "delete")) {
 		bpf_map_delete_elem(map_fd[map], key);
