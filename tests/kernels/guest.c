@@ -6,10 +6,10 @@
  *   guest clsact NAME          gives an interface a clsact qdisc, as others do
  *   guest ping NAME FROM TO    puts an ICMP echo request into a TUN, waits for its reply
  *   guest only CAPS COMMAND... runs it as root with those capabilities alone (BPF,NET_ADMIN)
- *   guest programs             a line per loaded tc program: name, instructions, bytes
- *                              of machine code (0: no JIT), instructions walked by the
- *                              verifier (0: kernel before 5.16)
- *   guest walk                 loads them once more; a line each: name, instructions walked
+ *   guest programs             a line per loaded tc program: name, bytes of machine code
+ *                              (0: no JIT)
+ *   guest walk                 loads all of ours; a line each: name, instructions, instructions
+ *                              walked by the verifier
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -139,8 +139,7 @@ static int cmd_programs(char **arg)
 		if (fd < 0)
 			continue; /* just gone */
 		if (!bpf_prog_get_info_by_fd(fd, &info, &len) && info.type == BPF_PROG_TYPE_SCHED_CLS)
-			printf("%s %u %u %u\n", info.name, info.xlated_prog_len / 8,
-			       info.jited_prog_len, info.verified_insns);
+			printf("%s %u\n", info.name, info.jited_prog_len);
 		close(fd);
 	}
 	return 0;
@@ -167,11 +166,16 @@ static int cmd_walk(char **arg)
 	i = 0;
 	bpf_object__for_each_program(p, bpf->obj) {
 		const char *said = log[i++ % MAX_PROGRAMS], *at = strstr(said, "processed ");
+		struct bpf_prog_info info = { 0 };
+		__u32 len = sizeof(info);
 
 		if (r)
 			fputs(said, stderr);
+		else if (bpf_prog_get_info_by_fd(bpf_program__fd(p), &info, &len))
+			err(1, "%s", bpf_program__name(p));
 		else
-			printf("%s %d\n", bpf_program__name(p), at ? atoi(at + strlen("processed ")) : 0);
+			printf("%s %u %d\n", bpf_program__name(p), info.xlated_prog_len / 8,
+			       at ? atoi(at + strlen("processed ")) : 0);
 	}
 	tail_lifter__destroy(bpf);
 	return r != 0;
