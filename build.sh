@@ -6,7 +6,7 @@
 # The road of a build, which is also the order of this file:
 #
 #   packages    compilers and tools, installed if missing (root) or asked for
-#   sources     musl, elfutils, libbpf, mbedTLS, zlib: the distribution's source
+#   sources     musl, elfutils, libbpf, mbedTLS: the distribution's source
 #               packages, fetched and verified by apt                            -> cache
 #   libraries   the same compiled, once per architecture                         -> cache
 #   bpf         tail_lifter.bpf.c as an object, inside a C header (skeleton)     -> build/
@@ -179,7 +179,7 @@ fetch_sources() {
 	}
 	export APT_CONFIG=$PWD/apt/apt.conf
 	run apt-get -qq update || die "apt could not read the list of $SUITE's sources"
-	for package in musl elfutils libbpf mbedtls zlib; do
+	for package in musl elfutils libbpf mbedtls; do
 		version=$(fetch_source $package) || die "apt could not fetch the source of $package"
 		case $package in
 		libbpf) dpkg --compare-versions "$version" ge 1.5 || die "libbpf $version is too old: 1.5 is needed" ;;
@@ -292,6 +292,7 @@ build_musl() {
 build_libelf() {
 	local files
 	mkdir -p "$OBJ/libelf"
+	no_zlib >"$LIB/include/zlib.h"
 	cat >"$OBJ/libelf/config.h" <<-END
 		#define HAVE_ERR_H 1
 		#define HAVE_VISIBILITY 1
@@ -312,12 +313,29 @@ build_libelf() {
 	cp "$SRC"/elfutils/libelf/{libelf,gelf,elf}.h "$LIB/include/"
 }
 
-# zlib is there because libelf and libbpf name it: for compressed ELF sections
-# and /proc/config.gz. Ours never need either, so only unpacking is built in.
-build_zlib() {
-	compile "$OBJ/zlib" $FLAGS -w -DZ_HAVE_UNISTD_H -DNO_GZCOMPRESS -DDYNAMIC_CRC_TABLE -- "$SRC"/zlib/*.c
-	archive "$LIB/lib/libz.a" "$OBJ/zlib"
-	cp "$SRC"/zlib/{zlib,zconf}.h "$LIB/include/"
+# libelf and libbpf name zlib, for compressed ELF sections and /proc/config.gz. Ours never
+# need either, so they get one that always fails, and 40 kB stay out.
+no_zlib() {
+	cat <<-'END'
+		/* Written by build.sh. */
+		typedef struct {
+			void *zalloc, *zfree, *opaque, *next_in, *next_out;
+			unsigned avail_in, avail_out;
+		} z_stream;
+		typedef void Bytef, *gzFile;
+		enum { Z_NULL, Z_OK = 0, Z_NO_FLUSH = 0, Z_STREAM_END, Z_FINISH = 4, Z_BEST_COMPRESSION = 9,
+		       Z_STREAM_ERROR = -2, Z_DATA_ERROR = -3 };
+		#define deflateInit(s, level) Z_STREAM_ERROR
+		#define deflate(s, flush) Z_STREAM_ERROR
+		#define deflateEnd(s) Z_STREAM_ERROR
+		#define inflateInit(s) Z_STREAM_ERROR
+		#define inflate(s, flush) Z_STREAM_ERROR
+		#define inflateReset(s) Z_STREAM_ERROR
+		#define inflateEnd(s) Z_STREAM_ERROR
+		#define gzopen(path, mode) ((gzFile)0)
+		#define gzgets(file, line, size) ((char *)0)
+		#define gzclose(file) Z_STREAM_ERROR
+	END
 }
 
 build_libbpf() {
@@ -429,7 +447,7 @@ build_libraries() {
 	else
 		FLAGS="$FLAGS -isystem $LIB/kernel"
 	fi
-	for part in zlib:zlib libelf:elfutils libbpf:libbpf mbedtls:mbedtls; do
+	for part in libelf:elfutils libbpf:libbpf mbedtls:mbedtls; do
 		step "$1" "${part%:*} $(version "${part#*:}")"
 		build_${part%:*}
 	done
@@ -453,7 +471,7 @@ libraries() {
 	lock_cache
 	sources
 	key=$({
-		recipe $(declare -F | sed -n 's/^declare -f \(build_.*\)/\1/p') mbedtls_config toolchain musl_includes compile
+		recipe $(declare -F | sed -n 's/^declare -f \(build_.*\)/\1/p') mbedtls_config no_zlib toolchain musl_includes compile
 		echo "$C_FLAGS $ARCH_FLAGS $SRC"
 		$CC -v 2>&1
 		$TRIPLE-ld -v
@@ -513,7 +531,7 @@ link_static() {
 	# Debian's gcc does the same: the processor of the Raspberry Pi 3 needs it.
 	[ $TRIPLE != aarch64-linux-gnu ] || machine="--fix-cortex-a53-843419 -z max-page-size=65536"
 	run $LLD -pie -static --no-dynamic-linker -o "$out" "$LIB/lib/rcrt1.o" "$LIB/lib/crti.o" \
-		"$($CC -print-file-name=crtbeginS.o)" "$@" -L"$LIB/lib" -lbpf -lelf -lz -lmbedtls \
+		"$($CC -print-file-name=crtbeginS.o)" "$@" -L"$LIB/lib" -lbpf -lelf -lmbedtls \
 		--start-group -lc "$($CC -print-libgcc-file-name)" --end-group \
 		"$($CC -print-file-name=crtendS.o)" "$LIB/lib/crtn.o" --gc-sections -O2 $machine \
 		-z text -z relro -z now -z noexecstack --pack-dyn-relocs=relr --build-id=none
@@ -579,7 +597,7 @@ verb_cc-asan() { # OUT FILE.c [FLAG...]: the same with glibc and the address and
 	bpf host
 	run $CC -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer \
 		$ARCH_FLAGS $WARNINGS -isystem "$LIB/include" -isystem "$LIB/kernel" "$TLS_CONFIG" -isystem build/host \
-		-I. "$@" "$file" -o "$out" -L"$LIB/lib" -lbpf -lelf -lz -lmbedtls
+		-I. "$@" "$file" -o "$out" -L"$LIB/lib" -lbpf -lelf -lmbedtls
 }
 
 # A helper program of the tests, in build/test; its path is in $BUILT.

@@ -281,7 +281,7 @@ __inline_always bool is_foreign(const struct __sk_buff *skb, __u32 l3)
 }
 
 /* Fills *p down to the transport's offset; 0, or the reason to pass. */
-__inline_always int parse_ip(struct __sk_buff *skb, struct packet *p, __u32 l3, __u8 dir)
+static __attribute__((noinline)) int parse_ip(struct __sk_buff *skb, struct packet *p, __u32 l3, __u8 dir)
 {
 	union {
 		struct iphdr v4;
@@ -746,7 +746,8 @@ static __attribute__((noinline)) int clamp_mss(struct __sk_buff *skb, const stru
 
 /* A packet of a flow: remembered if it is the first of its fragments, then
  * rewritten. */
-__inline_always int translate(struct __sk_buff *skb, struct packet *p, const struct tl_flow *flow, int done)
+static __attribute__((noinline)) int translate(struct __sk_buff *skb, struct packet *p, const struct tl_flow *flow,
+					       int done)
 {
 	struct tl_frag ports = { p->tuple.sport, p->tuple.dport };
 	struct tl_frag_key key;
@@ -868,12 +869,12 @@ __inline_always int new_request(struct __sk_buff *skb, struct packet *p, struct 
 	return translate(skb, p, flow, TL_REQUEST_SENT);
 }
 
-static __attribute__((noinline)) int request(struct __sk_buff *skb, struct packet *p, __u32 l3)
+static __attribute__((noinline)) int request(struct __sk_buff *skb, struct packet *p, __u32 l3, __u8 dir)
 {
 	struct tl_flow *flow;
 	int reason, served, type;
 
-	reason = is_foreign(skb, l3) ? TL_NOT_IP : parse_ip(skb, p, l3, TL_REQUEST);
+	reason = is_foreign(skb, l3) ? TL_NOT_IP : parse_ip(skb, p, l3, dir);
 	if (reason)
 		return reason;
 	reason = parse_ports(skb, p);
@@ -892,8 +893,8 @@ static __attribute__((noinline)) int request(struct __sk_buff *skb, struct packe
 	return new_request(skb, p, flow);
 }
 
-/* What comes from a backend, by the road of its requests back: TL_REPLY or TL_BACK. */
-__inline_always int from_backend(struct __sk_buff *skb, struct packet *p, __u32 l3, __u8 dir, int done)
+/* What a backend sends, back by the road of its requests. */
+static __attribute__((noinline)) int from_backend(struct __sk_buff *skb, struct packet *p, __u32 l3, __u8 dir)
 {
 	struct tl_flow *flow;
 	int reason;
@@ -911,18 +912,13 @@ __inline_always int from_backend(struct __sk_buff *skb, struct packet *p, __u32 
 		bpf_map_delete_elem(&ct_map, &p->tuple);
 	if (reason)
 		return reason;
-	return translate(skb, p, flow, done);
-}
-
-static __attribute__((noinline)) int reply(struct __sk_buff *skb, struct packet *p, __u32 l3)
-{
-	return from_backend(skb, p, l3, TL_REPLY, TL_REPLY_SENT);
+	return translate(skb, p, flow, dir == TL_REPLY ? TL_REPLY_SENT : TL_SNAT_BACK);
 }
 
 /* Source NAT (--snat), where the packet leaves towards a pod, behind all that the
  * stack does, so that conntrack sees client <-> pod whatever we write. A packet
  * whose source another masquerade has changed is no longer of a flow we know. */
-static __attribute__((noinline)) int out(struct __sk_buff *skb, struct packet *p, __u32 l3)
+static __attribute__((noinline)) int to_backend(struct __sk_buff *skb, struct packet *p, __u32 l3, __u8 dir)
 {
 	struct tl_tuple key = {};
 	struct tl_flow *flow, *of;
@@ -930,7 +926,7 @@ static __attribute__((noinline)) int out(struct __sk_buff *skb, struct packet *p
 	__u32 ifindex = skb->ifindex;
 	int reason;
 
-	reason = is_foreign(skb, l3) ? TL_NOT_IP : parse_ip(skb, p, l3, TL_OUT);
+	reason = is_foreign(skb, l3) ? TL_NOT_IP : parse_ip(skb, p, l3, dir);
 	if (reason)
 		return reason;
 	if (parse_ports(skb, p))
@@ -962,11 +958,6 @@ static __attribute__((noinline)) int out(struct __sk_buff *skb, struct packet *p
 	if (reason)
 		return reason == TL_NO_SOURCE_PORT ? TL_SNAT_PORTS : reason;
 	return translate(skb, p, &p->flow, TL_SNAT_OUT);
-}
-
-static __attribute__((noinline)) int back(struct __sk_buff *skb, struct packet *p, __u32 l3)
-{
-	return from_backend(skb, p, l3, TL_BACK, TL_SNAT_BACK);
 }
 
 /* === answers ==============================================================
@@ -1145,8 +1136,8 @@ static __attribute__((noinline)) int answer(struct __sk_buff *skb, struct packet
  * The section name serves both: on kernels without tcx the agent attaches the
  * same program by cls_bpf. */
 /* The only entry and the only exit. */
-__inline_always int open_door(struct __sk_buff *skb, int (*direction)(struct __sk_buff *, struct packet *, __u32),
-			      __u32 l3)
+__inline_always int open_door(struct __sk_buff *skb, int (*direction)(struct __sk_buff *, struct packet *, __u32, __u8),
+			      __u32 l3, __u8 dir)
 {
 	__u32 key = PACKET;
 	struct packet *p = bpf_map_lookup_elem(&packet_map, &key);
@@ -1155,7 +1146,7 @@ __inline_always int open_door(struct __sk_buff *skb, int (*direction)(struct __s
 
 	if (!p)
 		return TC_ACT_UNSPEC;
-	reason = direction(skb, p, l3);
+	reason = direction(skb, p, l3, dir);
 	count(reason);
 	fate = fate_of(reason);
 	if (fate == PASS)
@@ -1163,19 +1154,20 @@ __inline_always int open_door(struct __sk_buff *skb, int (*direction)(struct __s
 	return fate == DROP ? TC_ACT_SHOT : answer(skb, p, fate == ECHO);
 }
 
-#define DOOR(name, hook, direction, l3)       \
-	SEC(hook)                             \
-	int name(struct __sk_buff *skb)       \
-	{                                     \
-		return open_door(skb, direction, l3); \
+#define DOOR(name, hook, direction, dir)                                \
+	SEC("tcx/" hook)                                                \
+	int name(struct __sk_buff *skb)                                 \
+	{                                                               \
+		return open_door(skb, direction, 0, dir);               \
+	}                                                               \
+	SEC("tcx/" hook)                                                \
+	int name##_l2(struct __sk_buff *skb)                            \
+	{                                                               \
+		return open_door(skb, direction, ETH_HLEN, dir);        \
 	}
-DOOR(from_tailnet, "tcx/ingress", request, 0)
-DOOR(from_tailnet_l2, "tcx/ingress", request, ETH_HLEN)
-DOOR(to_tailnet, "tcx/egress", reply, 0)
-DOOR(to_tailnet_l2, "tcx/egress", reply, ETH_HLEN)
-DOOR(to_pods, "tcx/egress", out, 0)
-DOOR(to_pods_l2, "tcx/egress", out, ETH_HLEN)
-DOOR(from_pods, "tcx/ingress", back, 0)
-DOOR(from_pods_l2, "tcx/ingress", back, ETH_HLEN)
+DOOR(from_tailnet, "ingress", request, TL_REQUEST)
+DOOR(to_tailnet, "egress", from_backend, TL_REPLY)
+DOOR(to_pods, "egress", to_backend, TL_OUT)
+DOOR(from_pods, "ingress", from_backend, TL_BACK)
 
 char LICENSE[] SEC("license") = "Dual MIT/GPL";

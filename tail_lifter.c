@@ -81,6 +81,7 @@
 #include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/sysmacros.h>
 #include <sys/types.h>
 #include <sys/vfs.h>
 #include <sys/wait.h>
@@ -374,7 +375,7 @@ static struct options {
 	const char *kubeconfig; /* NULL: discover */
 	const char *from;	/* NULL: an API server; "-": stdin */
 	const char *node;	/* own node's name, never NULL once options are read */
-	const char *selector;	/* kubectl -l, NULL or "": all; checked by selector_parse */
+	const char *selector;	/* kubectl -l, NULL or "": all; checked by model_init */
 	const char **namespaces;
 	int n_namespaces; /* 0: all */
 	bool has_vip_range;
@@ -1576,16 +1577,25 @@ static int json_take(struct json *j, const struct split *s)
 	return j->flaw ? fail("%s", j->flaw) : 0;
 }
 /* === objects (JSON into plain C) ==========================================
- * A Service, EndpointSlice or Node becomes one compact block, or is refused
- * with a line that names it and the field. Nothing of the text stays. */
-enum kind { SERVICES, SLICES, NODES, N_KINDS };
+ * A Service, EndpointSlice, Node or ServiceCIDR becomes one compact block, or is
+ * refused with a line that names it and the field. Nothing of the text stays. */
+enum kind {
+	SERVICES,
+	SLICES,
+	NODES,
+	N_KINDS, /* an API server is asked for those before; what follows comes by --from alone */
+	SERVICE_CIDRS = N_KINDS,
+	N_READ,
+};
 
 static const struct {
 	const char *name, *api;
-} kinds[N_KINDS] = {
-	[SERVICES] = { "Service", "v1" },
-	[SLICES] = { "EndpointSlice", "discovery.k8s.io/v1" },
-	[NODES] = { "Node", "v1" },
+	bool namespaced;
+} kinds[N_READ] = {
+	[SERVICES] = { "Service", "v1", true },
+	[SLICES] = { "EndpointSlice", "discovery.k8s.io/v1", true },
+	[NODES] = { "Node", "v1", false },
+	[SERVICE_CIDRS] = { "ServiceCIDR", "networking.k8s.io/v1", false },
 };
 
 static const char *proto_name(uint8_t proto)
@@ -1620,7 +1630,7 @@ static struct link *table_next(const struct table *t, struct link *at, uint64_t 
 
 static void table_add(struct table *t, struct link *l, uint64_t hash)
 {
-	if (t->n == t->size) {
+	if (t->n == t->size * 2) { /* two a bucket: memory counts for more */
 		struct table big = { .size = t->size ? t->size * 2 : 16 };
 
 		big.bucket = mem(NULL, big.size * sizeof(*big.bucket));
@@ -1648,106 +1658,120 @@ static void table_remove(struct table *t, struct link *l)
 
 /* --- what is kept of an object -------------------------------------------- */
 struct port {
-	uint32_t name; /* where it begins in the texts of its block */
+	uint32_t name; /* where it begins in the texts */
 	uint16_t number;
-	uint8_t proto;
-	bool shadowed; /* of a service: another of its ports has this number and protocol */
+	uint8_t proto, zero;
 };
 
-/* Of a Service. One block: it is the same service if the bytes are. */
-struct spec {
-	int64_t created; /* seconds since 1970; 0: not known, the oldest */
-	uint32_t size, affinity;
-	uint32_t n_cluster, n_external, n_lb, n_sources, n_ports;
-	bool internal_local, external_local;
-	bool served, gap; /* --selector and --namespace take it */
-	struct in6_addr
-		at[]; /* cluster, external, lb; sources; ports by name and protocol; texts */
-};
-
-static struct cidr *spec_sources(struct spec *s)
-{
-	return (struct cidr *)(s->at + s->n_cluster + s->n_external + s->n_lb);
-}
-
-static struct port *spec_ports(struct spec *s)
-{
-	return (struct port *)(spec_sources(s) + s->n_sources);
-}
-
-static const char *spec_port_name(struct spec *s, const struct port *p)
-{
-	return (char *)(spec_ports(s) + s->n_ports) + p->name;
-}
-
-/* Of an EndpointSlice: a block too; the same slice if what follows `of` is. */
-struct slice {
-	struct link link;      /* these are the model's: by namespace and name; */
-	struct slice *sibling; /* the next of the same service; */
-	bool seen;	       /* since the mark; */
-	struct service *of;    /* whose */
-	uint32_t size, n_ports, n_endpoints, texts;
-	uint32_t name; /* where its own name begins in the texts */
-	bool v4, gap[3];
-	char at[]; /* ports by name and protocol; texts; endpoints */
-};
-
-/* An endpoint in a slice: a byte of conditions, 4 or 16 of address, then texts:
- * its node, hints ("zZONE" or "nNODE"), and an empty one. */
-enum { ENDPOINT_READY = 1, ENDPOINT_SERVING = 2, ENDPOINT_TERMINATING = 4 };
-
-static struct port *slice_ports(struct slice *s)
-{
-	return (struct port *)s->at;
-}
-
-/* A port's name, or the slice's own; behind them are the endpoints. */
-static const char *slice_text(struct slice *s, uint32_t at)
-{
-	return (char *)(slice_ports(s) + s->n_ports) + at;
-}
-
-/* What object_read leaves: who it is, and what is to be kept. */
+/* One block. Two of one size say the same if the bytes from `size` on do. */
 struct object {
-	enum kind kind;
-	bool ignored; /* by rule 1 and the like: as if it were not there */
-	char *ns, *name,
-		*more; /* one block; ns: "" of a Node; more: a slice's service, a Node's zone */
-	struct spec *spec;
-	struct slice *slice;
+	struct link link;	/* these are the model's: by kind, namespace and name; */
+	struct object *sibling; /* the next slice of the same service; */
+	uint32_t bad;		/* a hash of the line about its last news, 0: that was good; */
+	uint16_t round;		/* of lists: the last one it stood in */
+	uint8_t kind;
+	bool unnamed; /* its name is not known: the line about it stands for that */
+	uint32_t size;
+	uint32_t blank : 1; /* nothing but its name: bad, or ignored by rule 1 and the like */
+	uint32_t served : 1; /* --selector and --namespace take it */
+	uint32_t internal_local : 1, external_local : 1, v4 : 1, n_cluster : 2, affinity : 25;
+	uint32_t created; /* seconds since 1970; 0: not known, the oldest */
+	uint32_t n_external, n_lb, n_cidrs, n_ports, n_endpoints;
+	/* cluster, external, lb; then sources, or a ServiceCIDR's ranges; ports; texts: "NAMESPACE\0NAME\0", a slice's
+	 * service or a Node's zone, a slice's endpoints, names of ports */
+	struct in6_addr at[];
 };
 
-static void object_free(struct object *o)
+_Static_assert(sizeof(struct object) - offsetof(struct object, size) == 32, "no gaps");
+
+/* An endpoint in a slice: a byte of conditions, 4 or 16 of address, then texts: its
+ * node; with ENDPOINT_HINTS those ("zZONE" or "nNODE"), and an empty one. Of two with
+ * the same address and port the one with the lesser conditions counts (rule 6). */
+enum {
+	ENDPOINT_NOT_SERVING = 1,
+	ENDPOINT_NOT_READY = 2,
+	ENDPOINT_TERMINATING = 4,
+	ENDPOINT_HINTS = 8,
+};
+
+static struct cidr *object_cidrs(const struct object *o)
 {
-	free(o->ns);
-	free(o->spec);
-	free(o->slice);
-	*o = (struct object){ 0 };
+	return (struct cidr *)(o->at + o->n_cluster + o->n_external + o->n_lb);
+}
+
+static struct port *object_ports(const struct object *o)
+{
+	return (struct port *)(object_cidrs(o) + o->n_cidrs);
+}
+
+/* A port's name; the first of its texts is the namespace. */
+static const char *object_text(const struct object *o, uint32_t at)
+{
+	return (const char *)(object_ports(o) + o->n_ports) + at;
+}
+
+static const char *text_after(const char *text)
+{
+	return text + strlen(text) + 1;
+}
+
+static const char *object_name(const struct object *o)
+{
+	return text_after(object_text(o, 0));
+}
+
+/* A slice's service, a Node's zone. */
+static const char *object_more(const struct object *o)
+{
+	return text_after(object_name(o));
+}
+
+/* The first port of this number, by name: the others are not to be reached. */
+static const struct port *object_port(const struct object *o, const struct port *like)
+{
+	for (const struct port *p = object_ports(o); p < object_ports(o) + o->n_ports; p++)
+		if (p->number == like->number && p->proto == like->proto)
+			return p;
+	return NULL;
+}
+
+/* The ClusterIP of a family, or NULL. */
+static const struct in6_addr *object_cluster_ip(const struct object *o, bool v4)
+{
+	for (uint32_t i = 0; i < o->n_cluster; i++)
+		if (addr_is_v4(&o->at[i]) == v4)
+			return &o->at[i];
+	return NULL;
+}
+
+static int addr_order(const void *a, const void *b)
+{
+	return memcmp(a, b, sizeof(struct in6_addr));
+}
+
+static int cidr_order(const void *a, const void *b)
+{
+	int c = addr_order(a, b);
+
+	return c ? c : ((const struct cidr *)a)->bits - ((const struct cidr *)b)->bits;
 }
 
 /* --- label selectors, as kubectl -l ---------------------------------------- */
-struct requirement {		  /* points into the text, which must stay */
-	const char *key, *values; /* values: NULL, or the first */
-	size_t key_len;
-	bool not, set; /* !key, !=, notin; in, notin */
-};
-
-/* Which services are served: --selector and --namespace. */
-struct filter {
-	struct requirement *at;
-	int n;
+struct filter { /* which services are served */
+	const char *selector;
 	const char **namespaces;
 	int n_namespaces; /* 0: all */
 };
 
+#define SELECTOR_SPACE " \t\r\n"
+
 /* The word at *s, moving *s behind it and the white space around. */
 static const char *selector_word(const char **s, size_t *n)
 {
-	static const char space[] = " \t\r\n";
-	const char *word = *s + strspn(*s, space);
+	const char *word = *s + strspn(*s, SELECTOR_SPACE);
 
-	*n = strcspn(word, " \t\r\n=!(),<>");
-	*s = word + *n + strspn(word + *n, space);
+	*n = strcspn(word, SELECTOR_SPACE "=!(),<>");
+	*s = word + *n + strspn(word + *n, SELECTOR_SPACE);
 	return word;
 }
 
@@ -1772,93 +1796,73 @@ static bool label_valid(const char *s, size_t n, bool key)
 	return n <= 63 && (n || !key);
 }
 
-/* One requirement; NULL, or the text behind it. */
-static const char *selector_requirement(struct requirement *r, const char *s)
+/* Whether the labels meet the requirement at *s, which moves behind it; NULL: it
+ * is not understood. */
+static bool selector_requirement(const char **s, const struct json *j, int labels)
 {
+	bool not, set = false, hit;
 	const char *word;
 	size_t n;
+	int value;
 
-	s += strspn(s, " \t\r\n");
-	r->not = *s == '!';
-	s += r->not ;
-	r->key = selector_word(&s, &r->key_len);
-	if (!label_valid(r->key, r->key_len, true))
-		return NULL;
-	if (r->not || !*s || *s == ',')
-		return s;
-	word = selector_word(&s, &n);
-	r->set = n != 0;
-	if (r->set) {
-		r->not = n == 5 && !memcmp(word, "notin", 5);
-		if ((!r->not &&(n != 2 || memcmp(word, "in", 2))) || *s != '(')
-			return NULL;
+	*s += strspn(*s, SELECTOR_SPACE);
+	not = **s == '!';
+	*s += not ;
+	word = selector_word(s, &n);
+	value = json_find(j, labels, word, n);
+	hit = value >= 0;
+	if (!label_valid(word, n, true))
+		goto bad;
+	if (not || !**s || **s == ',')
+		return hit != not ;
+	word = selector_word(s, &n);
+	if (n) {
+		set = true;
+		not = n == 5 && !memcmp(word, "notin", 5);
+		if ((!not &&(n != 2 || memcmp(word, "in", 2))) || **s != '(')
+			goto bad;
 	} else {
-		r->not = *s == '!';
-		s += r->not ;
-		if (*s != '=')
-			return NULL;
-		s += !r->not &&s[1] == '=';
+		not = **s == '!';
+		*s += not ;
+		if (**s != '=')
+			goto bad;
+		*s += !not &&(*s)[1] == '=';
 	}
-	r->values = ++s;
+	hit = false;
 	do {
-		word = selector_word(&s, &n);
+		++*s;
+		word = selector_word(s, &n);
+		hit |= value >= 0 && json_eq_n(j, value, word, n);
 		if (!label_valid(word, n, false))
-			return NULL;
-	} while (r->set && *s == ',' && s++);
-	if (r->set && *s++ != ')')
-		return NULL;
-	return s + strspn(s, " \t\r\n");
+			goto bad;
+	} while (set && **s == ',');
+	if (!set)
+		return hit != not ;
+	if (**s == ')') {
+		*s += 1 + strspn(*s + 1, SELECTOR_SPACE);
+		return hit != not ;
+	}
+bad:
+	*s = NULL;
+	return false;
 }
 
-/* 0, or -1 with why. */
-static int selector_parse(const char *text, struct filter *out)
+/* Whether the labels meet it all; -1, with why: it is not understood. */
+static int selector_match(const char *text, const struct json *j, int labels)
 {
 	const char *s = text ? text : "";
+	bool all = true;
 
-	out->n = 0;
-	if (!s[strspn(s, " \t\r\n")])
-		return 0;
+	if (!s[strspn(s, SELECTOR_SPACE)])
+		return true;
 	for (;; s++) {
-		struct requirement r = { 0 };
-
-		s = selector_requirement(&r, s);
+		all &= selector_requirement(&s, j, labels);
 		if (!s || (*s && *s != ','))
 			return fail("selector \"%s\" is not understood; write it as for kubectl -l",
 				    text);
-		out->at = mem(out->at, (out->n + 1) * sizeof(r));
-		out->at[out->n++] = r;
 		if (!*s)
-			return 0;
+			return all;
 	}
-}
-
-static bool selector_match(const struct filter *f, const struct json *j, int labels)
-{
-	for (int i = 0; i < f->n; i++) {
-		const struct requirement *r = &f->at[i];
-		int value = json_find(j, labels, r->key, r->key_len);
-		const char *s = r->values, *word;
-		bool hit = value >= 0 && !s;
-		size_t n;
-
-		while (value >= 0 && s && !hit) {
-			word = selector_word(&s, &n);
-			hit = json_eq_n(j, value, word, n);
-			s = r->set && *s == ',' ? s + 1 : NULL;
-		}
-		if (hit == r->not )
-			return false;
-	}
-	return true;
-}
-
-static bool filter_match(const struct filter *f, const char *ns, const struct json *j, int labels)
-{
-	bool in = !f->n_namespaces;
-
-	for (int i = 0; i < f->n_namespaces; i++)
-		in |= !strcmp(f->namespaces[i], ns);
-	return in && selector_match(f, j, labels);
 }
 
 /* --- reading ---------------------------------------------------------------
@@ -1866,17 +1870,19 @@ static bool filter_match(const struct filter *f, const char *ns, const struct js
  * Every value is a token; -1 is none, as null is. */
 struct reader {
 	const struct json *j;
-	int root;
-	struct object *o;
-	struct buf names; /* "NAMESPACE\0NAME\0" as far as known, then `more` */
-	size_t name;	  /* where NAME begins, 0: not known */
-	struct buf text;  /* the string read last */
+	const struct filter *filter;
+	int root, meta, labels;	 /* tokens */
+	struct object o;	 /* as far as known; */
+	struct buf fixed, texts; /* and what will stand behind it */
+	size_t n_names;		 /* bytes of "NAMESPACE\0NAME\0", 0: not known */
+	struct buf text;	 /* the string read last */
 	bool bad;
 };
 
 __attribute__((format(printf, 4, 5))) static void flaw(struct reader *r, int at, const char *key,
 						       const char *fmt, ...)
 {
+	const char *ns = r->texts.at, *slash = kinds[r->o.kind].namespaced ? "/" : "";
 	struct buf b = { 0 };
 	char text[160];
 	va_list ap;
@@ -1887,10 +1893,9 @@ __attribute__((format(printf, 4, 5))) static void flaw(struct reader *r, int at,
 	va_start(ap, fmt);
 	vsnprintf(text, sizeof(text), fmt, ap);
 	va_end(ap);
-	buf_printf(&b, "%s", kinds[r->o->kind].name);
-	if (r->name)
-		buf_printf(&b, " %s%s%.*s", r->names.at, r->name > 1 ? "/" : "", 400,
-			   r->names.at + r->name);
+	buf_printf(&b, "%s", kinds[r->o.kind].name);
+	if (r->n_names)
+		buf_printf(&b, " %s%s%.400s", ns, slash, text_after(ns));
 	buf_add(&b, ": ", 2);
 	json_path(r->j, r->root, at, &b);
 	fail("%s%s%s %s", b.at, *key && b.at[b.len - 1] != ' ' ? "." : "", key, text);
@@ -1915,6 +1920,13 @@ static int read_member(struct reader *r, int at, const char *key, jsmntype_t typ
 	return read_typed(r, json_get(r->j, at, key), type);
 }
 
+/* Each element of an array that is of this type; null is none. */
+#define READ_EACH(r, i, parent, key, type)                                                      \
+	for (int i##_in = read_member(r, parent, key, JSMN_ARRAY),                              \
+		 i = json_first((r)->j, i##_in);                                                \
+	     i >= 0; i = json_next((r)->j, i##_in, i))                                          \
+		if (read_typed(r, i, type) >= 0)
+
 /* A string decoded into r->text, empty if there is none. */
 static int read_string(struct reader *r, int at)
 {
@@ -1929,8 +1941,7 @@ static int read_string(struct reader *r, int at)
 /* Whether a string member is this word. */
 static bool read_is(struct reader *r, int at, const char *key, const char *word)
 {
-	at = json_get(r->j, at, key);
-	read_string(r, at);
+	at = read_string(r, json_get(r->j, at, key));
 	return json_eq(r->j, at, word);
 }
 
@@ -1952,12 +1963,20 @@ static int read_name(struct reader *r, int at, size_t most)
 	return at;
 }
 
-static bool read_bool(struct reader *r, int at, const char *key, bool absent)
+/* What was read last is kept. */
+static void keep_text(struct reader *r)
+{
+	buf_add(&r->texts, r->text.at, r->text.len + 1);
+}
+
+/* A condition: `flag` if it is as `value`, which is not its default. */
+static uint8_t read_condition(struct reader *r, int at, const char *key, const char *value,
+			      uint8_t flag)
 {
 	at = json_get(r->j, at, key);
 	if (at >= 0 && !json_is_word(r->j, at, "true") && !json_is_word(r->j, at, "false"))
 		flaw(r, at, "", "must be true or false");
-	return at < 0 ? absent : json_is_word(r->j, at, "true");
+	return json_is_word(r->j, at, value) ? flag : 0;
 }
 
 /* A number, 0 if absent. */
@@ -1982,69 +2001,76 @@ static bool read_address(struct reader *r, int at, struct in6_addr *a)
 	return false;
 }
 
+/* The same, to keep. */
+static bool keep_address(struct reader *r, int at)
+{
+	struct in6_addr a;
+
+	if (!read_address(r, at, &a))
+		return false;
+	buf_add(&r->fixed, &a, sizeof(a));
+	return true;
+}
+
 static uint8_t read_protocol(struct reader *r, int at)
 {
+	static const uint8_t protos[] = { IPPROTO_TCP, IPPROTO_UDP, IPPROTO_SCTP };
+
 	at = read_string(r, json_get(r->j, at, "protocol"));
-	if (at < 0 || json_eq(r->j, at, "TCP"))
-		return IPPROTO_TCP;
-	if (json_eq(r->j, at, "UDP"))
-		return IPPROTO_UDP;
-	if (!json_eq(r->j, at, "SCTP"))
-		flaw(r, at, "", "must be TCP, UDP or SCTP, not %.40s", r->text.at);
-	return IPPROTO_SCTP;
+	for (size_t i = 0; i < ARRAY_SIZE(protos); i++)
+		if (at < 0 || json_eq(r->j, at, proto_name(protos[i])))
+			return protos[i];
+	flaw(r, at, "", "must be TCP, UDP or SCTP, not %.40s", r->text.at);
+	return 0;
 }
 
 /* RFC 3339 as seconds; 0 if it is not. */
-static int64_t read_timestamp(const char *s)
+static uint32_t read_timestamp(const char *s)
 {
+	int hours = 0, minutes = 0;
 	struct tm t = { 0 };
-	int n = 0, hours = 0, minutes = 0;
 	char sign[2] = "";
+	int64_t v;
 
-	if (sscanf(s, "%4d-%2d-%2dT%2d:%2d:%2d%n", &t.tm_year, &t.tm_mon, &t.tm_mday, &t.tm_hour,
-		   &t.tm_min, &t.tm_sec, &n) != 6)
+	s = strptime(s, "%Y-%m-%dT%H:%M:%S", &t);
+	if (s && *s == '.')
+		s += strspn(s, ".0123456789");
+	if (!s || (strcmp(s, "Z") && sscanf(s, "%1[+-]%2d:%2d", sign, &hours, &minutes) != 3))
 		return 0;
-	s += n;
-	s += *s == '.' ? strspn(s, ".0123456789") : 0;
-	if (strcmp(s, "Z") && sscanf(s, "%1[+-]%2d:%2d", sign, &hours, &minutes) != 3)
-		return 0;
-	t.tm_year -= 1900;
-	t.tm_mon--;
-	return (int64_t)timegm(&t) - (*sign == '-' ? -60 : 60) * (hours * 60 + minutes);
+	v = (int64_t)timegm(&t) - (*sign == '-' ? -60 : 60) * (hours * 60 + minutes);
+	return v < 0 ? 0 : v < UINT32_MAX ? v : UINT32_MAX;
 }
 
-/* Who it is, into r->names. The token of metadata. */
-static int read_identity(struct reader *r)
+/* Who it is, to the texts. */
+static void read_identity(struct reader *r)
 {
-	bool node = r->o->kind == NODES;
-	int meta;
+	bool namespaced = kinds[r->o.kind].namespaced;
 
 	if (!json_is(r->j, r->root, JSMN_OBJECT))
 		flaw(r, -1, "it", "must be an object");
-	meta = read_member(r, r->root, "metadata", JSMN_OBJECT);
-	read_name(r, node ? -1 : json_get(r->j, meta, "namespace"), MAX_NAME);
-	buf_printf(&r->names, "%s", r->text.len || node ? r->text.at : "default");
-	buf_add(&r->names, "", 1);
-	read_name(r, json_get(r->j, meta, "name"), MAX_NAME);
+	r->meta = read_member(r, r->root, "metadata", JSMN_OBJECT);
+	read_name(r, namespaced ? json_get(r->j, r->meta, "namespace") : -1, MAX_NAME);
+	if (!r->text.len && namespaced)
+		buf_add(&r->text, "default", 7);
+	keep_text(r);
+	read_name(r, json_get(r->j, r->meta, "name"), MAX_NAME);
 	if (!r->text.len)
-		flaw(r, meta, meta < 0 ? "metadata.name" : "name", "is missing");
-	if (!r->bad) {
-		r->name = r->names.len;
-		buf_add(&r->names, r->text.at, r->text.len + 1);
-	}
-	return meta;
+		flaw(r, r->meta, r->meta < 0 ? "metadata.name" : "name", "is missing");
+	keep_text(r);
+	if (!r->bad)
+		r->n_names = r->texts.len;
 }
 
-static int read_labels(struct reader *r, int meta)
+static void read_labels(struct reader *r)
 {
-	int at = read_member(r, meta, "labels", JSMN_OBJECT);
+	int at = read_member(r, r->meta, "labels", JSMN_OBJECT);
 
 	for (int i = json_first(r->j, at); i >= 0; i = json_next(r->j, at, i))
 		read_typed(r, i + 1, JSMN_STRING);
-	r->o->ignored = r->o->kind != NODES &&
+	r->o.blank = kinds[r->o.kind].namespaced &&
 		(json_get(r->j, at, "service.kubernetes.io/service-proxy-name") >= 0 ||
 		 json_get(r->j, at, "service.kubernetes.io/headless") >= 0);
-	return at;
+	r->labels = at;
 }
 
 static int port_by_name(const void *a, const void *b, void *texts)
@@ -2056,96 +2082,62 @@ static int port_by_name(const void *a, const void *b, void *texts)
 	return c ? c : p->name < q->name ? -1 : p->name > q->name; /* as they came */
 }
 
-static int port_by_number(const void *a, const void *b)
+/* The ports of a service, sorted; of one name and protocol the last counts. Or of
+ * a slice: those without name or number are left out. */
+static void read_ports(struct reader *r, int parent)
 {
-	const struct port *p = *(struct port *const *)a, *q = *(struct port *const *)b;
-
-	if (p->proto != q->proto)
-		return p->proto - q->proto;
-	return p->number != q->number ? p->number - q->number : p < q ? -1 : p > q;
-}
-
-/* Of ports with the same number and protocol, all but the first by name. */
-static void ports_shadow(struct port *p, uint32_t n)
-{
-	struct port **by = mem(NULL, n * sizeof(*by));
-
-	for (uint32_t i = 0; i < n; i++)
-		by[i] = p + i;
-	qsort(by, n, sizeof(*by), port_by_number);
-	for (uint32_t i = 1; i < n; i++)
-		by[i]->shadowed =
-			by[i]->number == by[i - 1]->number && by[i]->proto == by[i - 1]->proto;
-	free(by);
-}
-
-/* The ports of a service or slice, sorted, to `out`, their names to `texts`.
- * Returns how many. Of a service's ports of one name and protocol the last
- * counts; a slice's are left out if name or number is missing. */
-static uint32_t read_ports(struct reader *r, int parent, struct buf *out, struct buf *texts)
-{
-	bool slice = r->o->kind == SLICES;
-	int at = read_member(r, parent, "ports", JSMN_ARRAY);
-	size_t first = out->len;
+	bool slice = r->o.kind == SLICES;
+	size_t first = r->fixed.len;
 	uint32_t n, kept = 0;
 	struct port *p;
 
-	for (int i = json_first(r->j, at); i >= 0 && !r->bad; i = json_next(r->j, at, i)) {
-		struct port port = { .name = texts->len };
-		int named;
+	READ_EACH (r, i, parent, "ports", JSMN_OBJECT) {
+		struct port port = { .name = r->texts.len, .proto = read_protocol(r, i) };
+		bool named = read_name(r, json_get(r->j, i, "name"), MAX_PORTNAME) >= 0;
 
-		if (read_typed(r, i, JSMN_OBJECT) < 0)
-			continue;
-		port.proto = read_protocol(r, i);
 		port.number = read_number(r, i, "port", !slice, 65535);
-		named = read_name(r, json_get(r->j, i, "name"), MAX_PORTNAME);
 		if (!slice && !port.number)
 			flaw(r, i, "port", "is missing");
-		if (slice && (named < 0 || !port.number))
+		if (slice && (!named || !port.number))
 			continue;
-		buf_add(texts, r->text.at, r->text.len + 1);
-		buf_add(out, &port, sizeof(port));
+		keep_text(r);
+		buf_add(&r->fixed, &port, sizeof(port));
 	}
-	n = (out->len - first) / sizeof(*p);
-	if (!n)
-		return 0;
-	p = (struct port *)(out->at + first);
-	qsort_r(p, n, sizeof(*p), port_by_name, texts->at);
+	n = r->o.n_ports = (r->fixed.len - first) / sizeof(*p);
+	if (slice || !n)
+		return;
+	p = (struct port *)(r->fixed.at + first);
+	qsort_r(p, n, sizeof(*p), port_by_name, r->texts.at);
 	for (uint32_t i = 0; i < n; i++)
-		if (i + 1 == n || slice || p[i].proto != p[i + 1].proto ||
-		    strcmp(texts->at + p[i].name, texts->at + p[i + 1].name))
+		if (i + 1 == n || p[i].proto != p[i + 1].proto ||
+		    strcmp(r->texts.at + p[i].name, r->texts.at + p[i + 1].name))
 			p[kept++] = p[i];
-	out->len = first + kept * sizeof(*p);
-	if (!slice)
-		ports_shadow(p, kept);
-	return kept;
+	r->fixed.len = first + kept * sizeof(*p);
+	r->o.n_ports = kept;
 }
 
 /* clusterIPs[i] of ipFamilies[i], the first of a family; without families
  * clusterIP alone. */
-static void read_cluster_ips(struct reader *r, int spec, struct spec *s, struct buf *out)
+static void read_cluster_ips(struct reader *r, int spec)
 {
 	int families = read_member(r, spec, "ipFamilies", JSMN_ARRAY);
 	int ips = read_member(r, spec, "clusterIPs", JSMN_ARRAY);
 	int family = json_first(r->j, families), ip = json_first(r->j, ips);
-	bool have[2] = { false }, v4;
-	struct in6_addr a;
+	bool have[2] = { false };
 
-	if (read_address(r, json_get(r->j, spec, "clusterIP"), &a) && family < 0) {
-		buf_add(out, &a, sizeof(a));
-		s->n_cluster++;
-	}
+	if (keep_address(r, json_get(r->j, spec, "clusterIP")) && family < 0)
+		r->o.n_cluster = 1;
+	r->fixed.len = r->o.n_cluster * sizeof(struct in6_addr);
 	while (ip >= 0 || family >= 0) {
-		bool there = read_address(r, ip, &a);
+		struct in6_addr a;
+		bool there = read_address(r, ip, &a), v4;
 
 		read_string(r, family);
 		v4 = json_eq(r->j, family, "IPv4");
 		if (there && (v4 || json_eq(r->j, family, "IPv6"))) {
 			if (addr_is_v4(&a) != v4)
 				flaw(r, ip, "", "is not of its ipFamily");
-			if (!have[v4])
-				buf_add(out, &a, sizeof(a));
-			s->n_cluster += !have[v4];
+			r->o.n_cluster += !have[v4] && keep_address(r, ip);
 			have[v4] = true;
 		}
 		ip = ip < 0 ? -1 : json_next(r->j, ips, ip);
@@ -2154,180 +2146,152 @@ static void read_cluster_ips(struct reader *r, int spec, struct spec *s, struct 
 }
 
 /* externalIPs, then the load-balancer IPs that nodes are to serve. */
-static void read_external_ips(struct reader *r, int spec, struct spec *s, struct buf *out)
+static void read_external_ips(struct reader *r, int spec)
 {
-	int ips = read_member(r, spec, "externalIPs", JSMN_ARRAY);
-	int lb = read_member(r, read_member(r, r->root, "status", JSMN_OBJECT), "loadBalancer",
-			     JSMN_OBJECT);
-	struct in6_addr a;
+	int lb = read_member(r, r->root, "status", JSMN_OBJECT);
 
-	for (int i = json_first(r->j, ips); i >= 0; i = json_next(r->j, ips, i))
-		if (read_address(r, i, &a)) {
-			buf_add(out, &a, sizeof(a));
-			s->n_external++;
-		}
-	lb = read_member(r, lb, "ingress", JSMN_ARRAY);
-	for (int i = json_first(r->j, lb); i >= 0; i = json_next(r->j, lb, i)) {
-		int mode = json_get(r->j, read_typed(r, i, JSMN_OBJECT), "ipMode");
-
-		if ((mode < 0 || read_is(r, i, "ipMode", "VIP")) &&
-		    read_address(r, json_get(r->j, i, "ip"), &a)) {
-			buf_add(out, &a, sizeof(a));
-			s->n_lb++;
-		}
-	}
+	READ_EACH (r, i, spec, "externalIPs", JSMN_STRING)
+		r->o.n_external += keep_address(r, i);
+	lb = read_member(r, lb, "loadBalancer", JSMN_OBJECT);
+	READ_EACH (r, i, lb, "ingress", JSMN_OBJECT)
+		if (json_get(r->j, i, "ipMode") < 0 || read_is(r, i, "ipMode", "VIP"))
+			r->o.n_lb += keep_address(r, json_get(r->j, i, "ip"));
 }
 
-static void read_sources(struct reader *r, int spec, struct spec *s, struct buf *out)
+static void read_cidrs(struct reader *r, int spec, const char *key)
 {
 	static const char space[] = " \t\n\v\f\r";
-	int at = read_member(r, spec, "loadBalancerSourceRanges", JSMN_ARRAY);
 
-	for (int i = json_first(r->j, at); i >= 0; i = json_next(r->j, at, i)) {
+	READ_EACH (r, i, spec, key, JSMN_STRING) {
 		struct cidr c;
 		size_t from, len;
 
-		if (read_string(r, i) < 0)
-			continue;
-		memset(&c, 0, sizeof(c)); /* the gaps too */
+		read_string(r, i);
+		memset(&c, 0, sizeof(c)); /* the gaps too: it is compared as bytes */
 		from = strspn(r->text.at, space);
 		for (len = r->text.len; len > from && strchr(space, r->text.at[len - 1]); len--)
 			;
 		if (!cidr_parse(r->text.at + from, len - from, &c))
 			flaw(r, i, "", "is no CIDR: %.60s", r->text.at);
 		addr_mask(&c.addr, c.bits);
-		buf_add(out, &c, sizeof(c));
-		s->n_sources++;
+		buf_add(&r->fixed, &c, sizeof(c));
+		r->o.n_cidrs++;
 	}
 }
 
 static uint32_t read_affinity(struct reader *r, int spec)
 {
+	int at = read_member(r, spec, "sessionAffinityConfig", JSMN_OBJECT);
 	uint32_t seconds;
-	int at;
 
 	if (!read_is(r, spec, "sessionAffinity", "ClientIP"))
 		return 0;
-	at = read_member(r, spec, "sessionAffinityConfig", JSMN_OBJECT);
 	at = read_member(r, at, "clientIP", JSMN_OBJECT);
 	seconds = read_number(r, at, "timeoutSeconds", 1, 86400);
 	return seconds ? seconds : 10800;
 }
 
-/* A block: `head` bytes of its struct, then what is in `out` and `texts`. */
-static void *read_block(const void *head, size_t n, struct buf *out, struct buf *texts)
+/* --selector and --namespace. */
+static bool read_served(struct reader *r)
 {
-	char *block = mem(NULL, n + out->len + texts->len);
+	const struct filter *f = r->filter;
+	bool in = !f->n_namespaces;
 
-	memcpy(block, head, n);
-	if (out->len)
-		memcpy(block + n, out->at, out->len);
-	if (texts->len)
-		memcpy(block + n + out->len, texts->at, texts->len);
-	buf_free(out);
-	buf_free(texts);
-	return block;
+	for (int i = 0; i < f->n_namespaces; i++)
+		in |= !strcmp(f->namespaces[i], r->texts.at);
+	return in && selector_match(f->selector, r->j, r->labels) > 0;
 }
 
-static void read_service(struct reader *r, const struct filter *f, int meta, int labels)
+static void read_service(struct reader *r)
 {
 	int spec = read_member(r, r->root, "spec", JSMN_OBJECT);
-	struct spec s = { 0 };
-	struct buf out = { 0 }, texts = { 0 };
 
-	r->o->ignored |= read_is(r, spec, "type", "ExternalName");
-	r->o->ignored |= read_is(r, spec, "clusterIP", "None") || !r->text.len;
-	if (r->o->ignored || r->bad)
+	r->o.blank |= read_is(r, spec, "type", "ExternalName");
+	r->o.blank |= read_is(r, spec, "clusterIP", "None") || !r->text.len;
+	if (r->o.blank || r->bad)
 		return;
-	s.served = filter_match(f, r->names.at, r->j, labels);
-	read_string(r, json_get(r->j, meta, "creationTimestamp"));
-	s.created = read_timestamp(r->text.at);
-	read_cluster_ips(r, spec, &s, &out);
-	read_external_ips(r, spec, &s, &out);
-	read_sources(r, spec, &s, &out);
-	s.internal_local = read_is(r, spec, "internalTrafficPolicy", "Local");
-	s.external_local = read_is(r, spec, "externalTrafficPolicy", "Local");
-	s.affinity = read_affinity(r, spec);
-	s.n_ports = read_ports(r, spec, &out, &texts);
-	s.size = offsetof(struct spec, at) + out.len + texts.len;
-	r->o->spec = read_block(&s, offsetof(struct spec, at), &out, &texts);
+	r->o.served = read_served(r);
+	read_string(r, json_get(r->j, r->meta, "creationTimestamp"));
+	r->o.created = read_timestamp(r->text.at);
+	read_cluster_ips(r, spec);
+	read_external_ips(r, spec);
+	read_cidrs(r, spec, "loadBalancerSourceRanges");
+	r->o.internal_local = read_is(r, spec, "internalTrafficPolicy", "Local");
+	r->o.external_local = read_is(r, spec, "externalTrafficPolicy", "Local");
+	r->o.affinity = read_affinity(r, spec);
+	read_ports(r, spec);
 }
 
 /* The hints, each with its kind before it. */
-static void read_hints(struct reader *r, int hints, const char *key, char kind, struct buf *out)
+static void read_hints(struct reader *r, int hints, const char *key, char kind, size_t most)
 {
-	int at = read_member(r, hints, key, JSMN_ARRAY);
-
-	for (int i = json_first(r->j, at); i >= 0; i = json_next(r->j, at, i)) {
-		if (read_typed(r, i, JSMN_OBJECT) < 0)
-			continue;
-		read_name(r, json_get(r->j, i, "name"), kind == 'n' ? MAX_NAME : 0);
-		buf_add(out, &kind, 1);
-		buf_add(out, r->text.at, r->text.len + 1);
+	READ_EACH (r, i, hints, key, JSMN_OBJECT) {
+		read_name(r, json_get(r->j, i, "name"), most);
+		buf_add(&r->texts, &kind, 1);
+		keep_text(r);
 	}
 }
 
-/* An endpoint to `out`, unless it has no address of the slice's family. */
-static void read_endpoint(struct reader *r, int at, struct slice *s, struct buf *out)
+/* An endpoint, unless it has no address of the slice's family. */
+static void read_endpoint(struct reader *r, int at)
 {
 	int conditions = read_member(r, at, "conditions", JSMN_OBJECT);
 	int hints = read_member(r, at, "hints", JSMN_OBJECT);
 	int ips = read_member(r, at, "addresses", JSMN_ARRAY);
-	size_t before = out->len;
-	struct in6_addr a;
-	char flags = (read_bool(r, conditions, "ready", true) ? ENDPOINT_READY : 0) |
-		(read_bool(r, conditions, "serving", true) ? ENDPOINT_SERVING : 0) |
-		(read_bool(r, conditions, "terminating", false) ? ENDPOINT_TERMINATING : 0);
-	bool there = read_address(r, json_first(r->j, ips), &a) && addr_is_v4(&a) == s->v4;
+	size_t before = r->texts.len;
+	uint8_t flags = read_condition(r, conditions, "ready", "false", ENDPOINT_NOT_READY) |
+		read_condition(r, conditions, "serving", "false", ENDPOINT_NOT_SERVING) |
+		read_condition(r, conditions, "terminating", "true", ENDPOINT_TERMINATING) |
+		(hints < 0 ? 0 : ENDPOINT_HINTS);
+	struct in6_addr a = { 0 };
+	bool there = read_address(r, json_first(r->j, ips), &a) && addr_is_v4(&a) == r->o.v4;
 
-	buf_add(out, &flags, 1);
-	buf_add(out, a.s6_addr + (s->v4 ? 12 : 0), s->v4 ? 4 : 16);
+	buf_add(&r->texts, &flags, 1);
+	buf_add(&r->texts, a.s6_addr + (r->o.v4 ? 12 : 0), r->o.v4 ? 4 : 16);
 	read_name(r, json_get(r->j, at, "nodeName"), MAX_NAME);
-	buf_add(out, r->text.at, r->text.len + 1);
-	read_hints(r, hints, "forZones", 'z', out);
-	read_hints(r, hints, "forNodes", 'n', out);
-	buf_add(out, "", 1);
-	s->n_endpoints += there;
-	out->len = there ? out->len : before;
+	keep_text(r);
+	read_hints(r, hints, "forZones", 'z', 0);
+	read_hints(r, hints, "forNodes", 'n', MAX_NAME);
+	buf_add(&r->texts, "", hints >= 0);
+	r->o.n_endpoints += there;
+	r->texts.len = there ? r->texts.len : before;
 }
 
-static void read_slice(struct reader *r, int labels)
+static void read_slice(struct reader *r)
 {
-	struct slice s = { 0 };
-	struct buf out = { 0 }, texts = { 0 }, endpoints = { 0 };
-	int at;
-
-	read_name(r, json_get(r->j, labels, "kubernetes.io/service-name"), MAX_NAME);
-	buf_add(&r->names, r->text.at, r->text.len + 1);
-	r->o->ignored |= !r->text.len;
-	s.v4 = read_is(r, r->root, "addressType", "IPv4");
-	r->o->ignored |= !s.v4 && !read_is(r, r->root, "addressType", "IPv6");
-	if (r->o->ignored || r->bad)
+	read_name(r, json_get(r->j, r->labels, "kubernetes.io/service-name"), MAX_NAME);
+	keep_text(r);
+	r->o.blank |= !r->text.len;
+	r->o.v4 = read_is(r, r->root, "addressType", "IPv4");
+	r->o.blank |= !r->o.v4 && !read_is(r, r->root, "addressType", "IPv6");
+	if (r->o.blank || r->bad)
 		return;
-	s.n_ports = read_ports(r, r->root, &out, &texts);
-	at = read_member(r, r->root, "endpoints", JSMN_ARRAY);
-	for (int i = json_first(r->j, at); i >= 0 && !r->bad; i = json_next(r->j, at, i))
-		if (read_typed(r, i, JSMN_OBJECT) >= 0)
-			read_endpoint(r, i, &s, &endpoints);
-	s.name = texts.len;
-	buf_add(&texts, r->names.at + r->name, strlen(r->names.at + r->name) + 1);
-	s.texts = texts.len;
-	buf_add(&texts, endpoints.at ? endpoints.at : "", endpoints.len);
-	buf_free(&endpoints);
-	s.size = offsetof(struct slice, at) + out.len + texts.len;
-	r->o->slice = read_block(&s, offsetof(struct slice, at), &out, &texts);
+	READ_EACH (r, i, r->root, "endpoints", JSMN_OBJECT)
+		read_endpoint(r, i);
+	read_ports(r, r->root);
 }
 
-/* The object at a token. 0, or -1 with why; either way o->name is who it is,
- * NULL if that is not known, and object_free is due. */
-static int object_read(struct object *o, const struct filter *f, enum kind k, const struct json *j,
-		       int at)
+/* Nothing is to be kept but who it is, and what was wrong if it is bad. */
+static void reader_blank(struct reader *r)
 {
-	struct reader r = { .j = j, .o = o, .root = at };
-	int meta, labels = -1, level = 1;
+	r->o = (struct object){ .kind = r->o.kind, .blank = true, .unnamed = !r->n_names };
+	r->o.bad = r->bad ? hash64(0, why, strlen(why)) | 1 : 0;
+	r->fixed.len = 0;
+	r->texts.len = r->n_names;
+	if (r->o.unnamed) {
+		buf_add(&r->texts, "", 1);
+		buf_add(&r->texts, why, strlen(why) + 1);
+	}
+}
 
-	*o = (struct object){ .kind = k };
-	meta = read_identity(&r);
+/* The object at a token, to be freed. If it is ->bad, `why` says why. */
+static struct object *object_read(const struct filter *f, enum kind k, const struct json *j, int at)
+{
+	struct reader r = { .j = j, .filter = f, .root = at, .o.kind = k, .labels = -1 };
+	struct object *o;
+	int level = 1;
+
+	read_identity(&r);
 	for (int up = at < 0 ? -1 : j->tok[at].parent; up >= 0; up = j->tok[up].parent)
 		level += !json_is(j, up, JSMN_STRING);
 	if (j->flaw)
@@ -2337,82 +2301,74 @@ static int object_read(struct object *o, const struct filter *f, enum kind k, co
 	else if (j->depth - level >= MAX_DEPTH)
 		flaw(&r, -1, "it", "is nested deeper than %d levels", MAX_DEPTH);
 	if (!r.bad)
-		labels = read_labels(&r, meta);
-	if (k == SERVICES && !o->ignored && !r.bad)
-		read_service(&r, f, meta, labels);
-	if (k == SLICES && !o->ignored && !r.bad)
-		read_slice(&r, labels);
+		read_labels(&r);
+	if (k == SERVICES && !r.o.blank && !r.bad)
+		read_service(&r);
+	if (k == SLICES && !r.o.blank && !r.bad)
+		read_slice(&r);
 	if (k == NODES) {
-		read_name(&r, json_get(j, labels, "topology.kubernetes.io/zone"), 0);
-		buf_add(&r.names, r.text.at, r.text.len + 1);
+		read_name(&r, json_get(j, r.labels, "topology.kubernetes.io/zone"), 0);
+		keep_text(&r);
 	}
-	buf_add(&r.names, "", 1);
-	if (r.name) {
-		o->ns = mem(NULL, r.names.len);
-		memcpy(o->ns, r.names.at, r.names.len);
-		o->name = o->ns + r.name;
-		o->more = o->name + strlen(o->name) + 1;
-	}
-	buf_free(&r.names);
+	if (k == SERVICE_CIDRS)
+		read_cidrs(&r, read_member(&r, at, "spec", JSMN_OBJECT), "cidrs");
+	if (r.bad || r.o.blank)
+		reader_blank(&r);
+	buf_add(&r.fixed, r.texts.at, r.texts.len);
+	r.o.size = sizeof(*o) + r.fixed.len;
+	o = mem(NULL, r.o.size);
+	*o = r.o;
+	memcpy(o->at, r.fixed.at, r.fixed.len);
+	buf_free(&r.fixed);
+	buf_free(&r.texts);
 	buf_free(&r.text);
-	return r.bad ? -1 : 0;
+	return o;
 }
 /* === model (what the cluster has) =========================================
- * Services, their slices, our node; who claims which address; who is dirty.
- * Each put and delete settles claims and VIPs at once, so what comes out
+ * Objects; services, their slices, our node; who claims which address; who is
+ * dirty. Each put and delete settles claims and VIPs at once, so what comes out
  * depends on the set of objects alone, never on their order. */
-enum claim_role {
-	CLAIM_ADDRESS,	/* ClusterIP, mapped address or VIP: the address, whatever the port */
-	CLAIM_EXTERNAL, /* external address, port and protocol */
-	CLAIM_USE,	/* external address: whom a new CLAIM_ADDRESS would concern */
-};
-
-struct claim {
-	struct link link; /* by what follows `of` */
+struct claim {		   /* that an address is a service's */
+	struct link link; /* by the address */
 	struct service *of;
 	struct in6_addr addr;
-	uint16_t port;
-	uint8_t proto, role;
+	uint8_t scope; /* enum tl_scope */
+	bool dealt;    /* by --map or --vip-range */
 };
-
-#define CLAIM_KEY (offsetof(struct claim, role) + 1 - offsetof(struct claim, addr)) /* bytes */
 
 /* By namespace and name; also where there are only slices of it yet. */
 struct service {
 	struct link link;
 	struct service *next_dirty;
-	struct spec *spec; /* NULL: no such Service, or ignored */
-	struct slice *slices;
+	struct object *spec; /* NULL: no such Service, or ignored */
+	struct object *slices;
 	struct claim *claims, *vip; /* an array; one, or NULL */
+	uint64_t slot;		    /* vip's */
 	void *programmed;	    /* the maps stage's */
-	uint32_t n_claims, said;    /* said: a hash of the notes about it */
-	bool said_sctp;
-	bool seen, dirty, out; /* since the mark; in the list; model_next_dirty gave it out */
-	bool gone;	       /* nothing of it is to be programmed */
+	uint32_t n_claims, said;    /* said: a hash of the note about it */
+	bool dirty, out; /* in the list; model_next_dirty gave it out and forget is to come */
+	bool gone;	 /* nothing of it is to be programmed */
 	const char *name;
 	char ns[]; /* and the name */
 };
 
-#define MAX_BAD 4096 /* further bad objects are said again each time */
+#define MAX_BAD 1024 /* further bad objects are said again each time */
 
 struct model { /* all zero, then model_init */
 	const struct options *opt;
 	struct filter filter;
 	struct {
-		const char *node;
-		char *zone; /* NULL: none */
-	} places;	    /* ours */
-	struct table services, slices, claims;
+		const char *node, *zone;
+	} places; /* ours; "": not known */
+	struct table objects, services, claims;
+	size_t n_of[N_READ]; /* objects that are not blank */
+	size_t n_bad;	      /* the others */
 	struct service *dirty;
-	bool synced[N_KINDS];
-	bool node_seen;
-	bool unnamed[N_KINDS]; /* since the mark came something whose name is unknown */
-	bool started;  /* model_check found nothing: what comes later and overlaps is not served */
-	bool repeated; /* model_put failed as it did for this object before: say it once */
-	struct bad {
-		uint64_t who, why;
-	} * bad; /* objects of which the last news was bad, and the lines about them */
-	size_t n_bad;
+	bool synced[N_READ];
+	uint16_t round[N_READ]; /* lists that were begun */
+	bool unnamed[N_READ];	 /* the last one had a bad object whose name is not known */
+	bool repeated;		 /* the last bad object was as bad before: say it once */
+	bool ranges_changed;	 /* since model_ranges gave them out */
 	size_t n_without, said_without; /* services that found the VIP range full */
 };
 
@@ -2420,10 +2376,11 @@ struct model { /* all zero, then model_init */
 static int model_init(struct model *m, const struct options *o)
 {
 	m->opt = o;
-	m->filter.namespaces = o->namespaces;
-	m->filter.n_namespaces = o->n_namespaces;
+	m->filter = (struct filter){ o->selector, o->namespaces, o->n_namespaces };
 	m->places.node = o->node ? o->node : "";
-	return selector_parse(o->selector, &m->filter);
+	m->places.zone = "";
+	m->ranges_changed = true;
+	return selector_match(o->selector, NULL, -1) < 0 ? -1 : 0;
 }
 
 static void model_dirty(struct model *m, struct service *s)
@@ -2440,29 +2397,20 @@ static uint64_t name_hash(const char *ns, const char *name)
 	return hash64(hash64(0, ns, strlen(ns) + 1), name, strlen(name));
 }
 
-static struct service *service_find(struct model *m, const char *ns, const char *name)
+static struct service *service_get(struct model *m, const char *ns, const char *name)
 {
 	uint64_t hash = name_hash(ns, name);
+	size_t a = strlen(ns) + 1, b = strlen(name) + 1;
 	struct service *s = NULL;
 
 	while ((s = (struct service *)table_next(&m->services, (struct link *)s, hash)))
 		if (!strcmp(s->ns, ns) && !strcmp(s->name, name))
-			break;
-	return s;
-}
-
-static struct service *service_get(struct model *m, const char *ns, const char *name)
-{
-	struct service *s = service_find(m, ns, name);
-	size_t a = strlen(ns) + 1, b = strlen(name) + 1;
-
-	if (s)
-		return s;
+			return s;
 	s = mem(NULL, sizeof(*s) + a + b);
 	memset(s, 0, sizeof(*s));
 	memcpy(s->ns, ns, a);
 	s->name = memcpy(s->ns + a, name, b);
-	table_add(&m->services, &s->link, name_hash(ns, name));
+	table_add(&m->services, &s->link, hash);
 	return s;
 }
 
@@ -2475,66 +2423,44 @@ static void service_drop(struct model *m, struct service *s)
 	free(s);
 }
 
+static int service_by_name(const struct service *a, const struct service *b)
+{
+	int c = strcmp(a->ns, b->ns);
+
+	return c ? c : strcmp(a->name, b->name);
+}
+
 /* Older: by creation, then namespace, then name. */
 static bool service_older(const struct service *a, const struct service *b)
 {
-	int c;
-
 	if (a->spec->created != b->spec->created)
 		return a->spec->created < b->spec->created;
-	c = strcmp(a->ns, b->ns);
-	return c ? c < 0 : strcmp(a->name, b->name) < 0;
-}
-
-/* The ClusterIP of a family, or NULL. */
-static const struct in6_addr *spec_cluster_ip(const struct spec *s, bool v4)
-{
-	for (uint32_t i = 0; i < s->n_cluster; i++)
-		if (addr_is_v4(&s->at[i]) == v4)
-			return &s->at[i];
-	return NULL;
+	return service_by_name(a, b) < 0;
 }
 
 /* --- claims ---------------------------------------------------------------- */
-static uint64_t claim_hash(const struct claim *c)
+/* The next claim to an address, behind `at`; the first if that is NULL. */
+static struct claim *claim_next(const struct model *m, const struct in6_addr *addr,
+				struct claim *at)
 {
-	return hash64(0, &c->addr, CLAIM_KEY);
-}
-
-/* The next claim to the same, behind `at`; the first if that is NULL. */
-static struct claim *claim_next(const struct model *m, const struct claim *like, struct claim *at)
-{
-	uint64_t hash = claim_hash(like);
+	uint64_t hash = hash64(0, addr, sizeof(*addr));
 
 	while ((at = (struct claim *)table_next(&m->claims, (struct link *)at, hash)))
-		if (!memcmp(&at->addr, &like->addr, CLAIM_KEY))
+		if (!memcmp(&at->addr, addr, sizeof(*addr)))
 			break;
 	return at;
-}
-
-static struct claim *claim_first(const struct model *m, enum claim_role role,
-				 const struct in6_addr *addr, uint16_t port, uint8_t proto)
-{
-	struct claim like = { .addr = *addr, .port = port, .proto = proto, .role = role };
-
-	return claim_next(m, &like, NULL);
 }
 
 /* Whoever shares what is claimed may have to be resolved anew. */
 static void claim_changed(struct model *m, const struct claim *c)
 {
-	for (struct claim *o = claim_next(m, c, NULL); o && c->role != CLAIM_USE;
-	     o = claim_next(m, c, o))
+	for (struct claim *o = NULL; (o = claim_next(m, &c->addr, o));)
 		model_dirty(m, o->of);
-	if (c->role == CLAIM_ADDRESS)
-		for (struct claim *o = claim_first(m, CLAIM_USE, &c->addr, 0, 0); o;
-		     o = claim_next(m, o, o))
-			model_dirty(m, o->of);
 }
 
 static void claim_add(struct model *m, struct claim *c)
 {
-	table_add(&m->claims, &c->link, claim_hash(c));
+	table_add(&m->claims, &c->link, hash64(0, &c->addr, sizeof(c->addr)));
 	claim_changed(m, c);
 }
 
@@ -2544,31 +2470,23 @@ static void claim_remove(struct model *m, struct claim *c)
 	table_remove(&m->claims, &c->link);
 }
 
-/* In --vip-range or a --map's FROM: no address for a service of its own. The
- * range's text, or NULL. */
-static const char *addr_reserved(const struct model *m, const struct in6_addr *a)
+/* The range of --vip-range or a --map's FROM that an address of a service's own
+ * is in, as text; NULL if it may be served. Before the start that is an error,
+ * afterwards the address is left out. */
+static const char *claim_refused(const struct model *m, const struct claim *c)
 {
 	static char text[INET6_ADDRSTRLEN + 20];
 
-	if (m->opt->has_vip_range && cidr_has(&m->opt->vip_range, a)) {
-		strcpy(text, "--vip-range ");
-		cidr_text(&m->opt->vip_range, text + 12);
+	for (int i = m->opt->has_vip_range ? -1 : 0; i < m->opt->n_maps; i++) {
+		const struct cidr *range = i < 0 ? &m->opt->vip_range : &m->opt->maps[i].from;
+
+		if (c->dealt || !c->of->spec->served || !cidr_has(range, &c->addr))
+			continue;
+		strcpy(text, i < 0 ? "--vip-range " : "--map ");
+		cidr_text(range, text + strlen(text));
 		return text;
 	}
-	for (int i = 0; i < m->opt->n_maps; i++)
-		if (cidr_has(&m->opt->maps[i].from, a)) {
-			strcpy(text, "--map ");
-			cidr_text(&m->opt->maps[i].from, text + 6);
-			return text;
-		}
 	return NULL;
-}
-
-/* The reserved addresses are found before anything is programmed and end the
- * start; afterwards they are left out. */
-static bool addr_refused(const struct model *m, const struct service *s, const struct in6_addr *a)
-{
-	return m->started && s->spec->served && addr_reserved(m, a);
 }
 
 /* Where --map serves an address of TO. */
@@ -2582,34 +2500,44 @@ static struct in6_addr addr_mapped(const struct map_option *map, const struct in
 	return to;
 }
 
+static bool spec_restricted(const struct object *spec, bool v4)
+{
+	for (uint32_t i = 0; i < spec->n_cidrs; i++)
+		if (addr_is_v4(&object_cidrs(spec)[i].addr) == v4)
+			return true;
+	return false;
+}
+
 static void claims_build(struct model *m, struct service *s)
 {
 	struct buf out = { 0 };
-	struct spec *spec = s->spec;
-	struct claim c = { .of = s, .role = CLAIM_ADDRESS };
-	const struct in6_addr *ip = spec->at, *end = ip + spec->n_cluster;
+	const struct object *spec = s->spec;
+	struct claim c = { .of = s, .scope = TL_INTERNAL };
+	const struct in6_addr *ip = spec->at, *lb = ip + spec->n_cluster + spec->n_external;
+	const struct in6_addr *end = lb + spec->n_lb;
 
-	for (; ip < end; ip++) {
+	for (; ip < spec->at + spec->n_cluster; ip++) {
 		c.addr = *ip;
-		if (!addr_refused(m, s, ip))
-			buf_add(&out, &c, sizeof(c));
+		c.dealt = false;
+		buf_add(&out, &c, sizeof(c));
+		c.dealt = true;
 		for (int i = 0; i < m->opt->n_maps; i++)
 			if (cidr_has(&m->opt->maps[i].to, ip)) {
 				c.addr = addr_mapped(&m->opt->maps[i], ip);
 				buf_add(&out, &c, sizeof(c));
 			}
 	}
-	for (end += spec->n_external + spec->n_lb; ip < end && spec->served; ip++) {
-		if (!spec_cluster_ip(spec, addr_is_v4(ip)) || addr_refused(m, s, ip))
+	c.dealt = false;
+	for (; ip < end && spec->served; ip++) {
+		bool v4 = addr_is_v4(ip), limited = false;
+
+		if (!object_cluster_ip(spec, v4))
 			continue;
-		c = (struct claim){ .of = s, .addr = *ip, .role = CLAIM_USE };
+		for (const struct in6_addr *o = lb; o < end && spec_restricted(spec, v4); o++)
+			limited |= !memcmp(ip, o, sizeof(*ip));
+		c.addr = *ip;
+		c.scope = limited ? TL_LOADBALANCER : TL_EXTERNAL;
 		buf_add(&out, &c, sizeof(c));
-		c.role = CLAIM_EXTERNAL;
-		for (uint32_t i = 0; i < spec->n_ports; i++) {
-			c.port = spec_ports(spec)[i].number;
-			c.proto = spec_ports(spec)[i].proto;
-			buf_add(&out, &c, sizeof(c));
-		}
 	}
 	s->n_claims = out.len / sizeof(c);
 	s->claims = out.len ? mem(out.at, out.len) : NULL;
@@ -2632,26 +2560,23 @@ static uint64_t vip_room(const struct model *m, uint64_t *first)
 	return ((uint64_t)1 << (width < 62 ? width : 62)) - *first * 2;
 }
 
-/* The low half of an address as a number; a slot's is its distance in it. */
-static uint64_t addr_low(const struct in6_addr *a)
+static struct in6_addr vip_addr(const struct model *m, uint64_t slot)
 {
-	uint64_t v = 0;
-
-	for (int i = 8; i < 16; i++)
-		v = v << 8 | a->s6_addr[i];
-	return v;
-}
-
-static struct service *vip_holder(const struct model *m, uint64_t slot, struct in6_addr *a)
-{
-	uint64_t first, low;
+	struct in6_addr a = m->opt->vip_range.addr;
+	uint64_t first;
 
 	vip_room(m, &first);
-	*a = m->opt->vip_range.addr;
-	low = addr_low(a) + first + slot;
-	for (int i = 15; i >= 8; i--, low >>= 8)
-		a->s6_addr[i] = low;
-	for (struct claim *c = claim_first(m, CLAIM_ADDRESS, a, 0, 0); c; c = claim_next(m, c, c))
+	slot += first;
+	for (int i = 15; slot; i--, slot >>= 8)
+		a.s6_addr[i] |= slot; /* which are zero in the range */
+	return a;
+}
+
+static struct service *vip_holder(const struct model *m, uint64_t slot)
+{
+	struct in6_addr a = vip_addr(m, slot);
+
+	for (struct claim *c = NULL; (c = claim_next(m, &a, c));)
 		if (c->of->vip == c)
 			return c->of;
 	return NULL;
@@ -2668,33 +2593,24 @@ static uint64_t vip_distance(const struct model *m, const struct service *s, uin
 static void vip_take(struct model *m, struct service *s, uint64_t slot)
 {
 	s->vip = mem(NULL, sizeof(*s->vip));
-	*s->vip = (struct claim){ .of = NULL, .role = CLAIM_ADDRESS };
-	vip_holder(m, slot, &s->vip->addr);
-	s->vip->of = s;
+	*s->vip = (struct claim){ .of = s, .addr = vip_addr(m, slot), .dealt = true };
+	s->slot = slot;
 	claim_add(m, s->vip);
-	model_dirty(m, s);
 }
 
-/* Returns the slot that falls free. */
-static uint64_t vip_leave(struct model *m, struct service *s)
+static void vip_leave(struct model *m, struct service *s)
 {
-	uint64_t first, low = addr_low(&s->vip->addr) - addr_low(&m->opt->vip_range.addr);
-
-	vip_room(m, &first);
 	claim_remove(m, s->vip);
 	free(s->vip);
 	s->vip = NULL;
-	model_dirty(m, s);
-	return low - first;
 }
 
 static void vip_place(struct model *m, struct service *s)
 {
 	uint64_t first, room = vip_room(m, &first), slot = name_hash(s->ns, s->name) % room;
-	struct in6_addr a;
 
 	do {
-		struct service *o = vip_holder(m, slot, &a);
+		struct service *o = vip_holder(m, slot);
 
 		if (!o || service_older(s, o)) {
 			if (o)
@@ -2709,26 +2625,25 @@ static void vip_place(struct model *m, struct service *s)
 	m->n_without++;
 }
 
-static bool vip_wanted(const struct model *m, const struct spec *s)
+static bool vip_wanted(const struct model *m, const struct object *spec)
 {
-	return s && m->opt->has_vip_range &&
-		spec_cluster_ip(s, addr_is_v4(&m->opt->vip_range.addr));
+	return spec && m->opt->has_vip_range &&
+		object_cluster_ip(spec, addr_is_v4(&m->opt->vip_range.addr));
 }
 
 static void vip_release(struct model *m, struct service *s)
 {
-	uint64_t first, room = vip_room(m, &first), start, hole;
+	uint64_t first, room = vip_room(m, &first), hole = s->slot;
 	struct service *o, *best = NULL;
-	struct in6_addr a;
 
 	if (!s->vip) {
 		m->n_without--;
 		return;
 	}
-	start = hole = vip_leave(m, s);
+	vip_leave(m, s);
 	/* who lives between a hole and the first who would rather be in it is older
 	 * than that one: so he is the oldest who would, and one round is enough */
-	for (uint64_t at = (start + 1) % room; at != start && (o = vip_holder(m, at, &a));
+	for (uint64_t at = (hole + 1) % room; at != s->slot && (o = vip_holder(m, at));
 	     at = (at + 1) % room)
 		if (vip_distance(m, o, hole) < vip_distance(m, o, at)) {
 			vip_leave(m, o);
@@ -2748,7 +2663,7 @@ static void vip_release(struct model *m, struct service *s)
 }
 
 /* --- putting and deleting --------------------------------------------------- */
-static void service_change(struct model *m, struct service *s, struct spec *new)
+static void service_change(struct model *m, struct service *s, struct object *new)
 {
 	bool had = vip_wanted(m, s->spec);
 	bool kept = had && vip_wanted(m, new) && new->created == s->spec->created;
@@ -2758,7 +2673,6 @@ static void service_change(struct model *m, struct service *s, struct spec *new)
 	for (uint32_t i = 0; i < s->n_claims; i++)
 		claim_remove(m, &s->claims[i]);
 	free(s->claims);
-	free(s->spec);
 	s->spec = new;
 	s->claims = NULL;
 	s->n_claims = 0;
@@ -2769,121 +2683,98 @@ static void service_change(struct model *m, struct service *s, struct spec *new)
 	model_dirty(m, s);
 }
 
-static void service_put(struct model *m, struct object *o)
+static void slice_change(struct model *m, struct object *old, struct object *new)
 {
-	struct service *s =
-		o->spec ? service_get(m, o->ns, o->name) : service_find(m, o->ns, o->name);
+	if (old) {
+		struct service *of = service_get(m, object_text(old, 0), object_more(old));
+		struct object **at = &of->slices;
 
-	if (!s)
-		return;
-	s->seen = true;
-	if (!s->spec && !o->spec)
-		return;
-	if (s->spec && o->spec && s->spec->size == o->spec->size &&
-	    !memcmp(s->spec, o->spec, o->spec->size))
-		return;
-	service_change(m, s, o->spec);
-	o->spec = NULL;
-}
-
-static struct slice *slice_find(struct model *m, const char *ns, const char *name)
-{
-	uint64_t hash = name_hash(ns, name);
-	struct slice *s = NULL;
-
-	while ((s = (struct slice *)table_next(&m->slices, (struct link *)s, hash)))
-		if (!strcmp(s->of->ns, ns) && !strcmp(slice_text(s, s->name), name))
-			break;
-	return s;
-}
-
-static void slice_remove(struct model *m, struct slice *s)
-{
-	struct slice **at = &s->of->slices;
-
-	while (*at != s)
-		at = &(*at)->sibling;
-	*at = s->sibling;
-	table_remove(&m->slices, &s->link);
-	model_dirty(m, s->of);
-	free(s);
-}
-
-static void slice_put(struct model *m, struct object *o)
-{
-	struct slice *old = slice_find(m, o->ns, o->name), *new = o->slice;
-	size_t from = offsetof(struct slice, size);
-
-	if (old && new && !strcmp(old->of->name, o->more) && old->size == new->size &&
-	    !memcmp((char *)old + from, (char *)new + from, new->size - from)) {
-		old->seen = true;
-		return;
+		while (*at != old)
+			at = &(*at)->sibling;
+		*at = old->sibling;
+		model_dirty(m, of);
 	}
-	if (old)
-		slice_remove(m, old);
-	if (!new)
-		return;
-	o->slice = NULL;
-	new->of = service_get(m, o->ns, o->more);
-	new->seen = true;
-	new->sibling = new->of->slices;
-	new->of->slices = new;
-	table_add(&m->slices, &new->link, name_hash(o->ns, o->name));
-	model_dirty(m, new->of);
+	if (new) {
+		struct service *of = service_get(m, object_text(new, 0), object_more(new));
+
+		new->sibling = of->slices;
+		of->slices = new;
+		model_dirty(m, of);
+	}
 }
 
-/* Our node's zone; "": it has none, or is not there. */
-static void model_zone(struct model *m, const char *zone)
+static void zone_change(struct model *m, const char *zone)
 {
-	if (!strcmp(zone, m->places.zone ? m->places.zone : ""))
-		return;
-	free(m->places.zone);
-	m->places.zone = strdup(zone);
-	TABLE_EACH (&m->services, l)
-		model_dirty(m, (struct service *)l);
+	if (strcmp(m->places.zone, zone))
+		TABLE_EACH (&m->services, l)
+			model_dirty(m, (struct service *)l);
+	m->places.zone = zone;
 }
 
-/* Takes what object_read made; object_free is due afterwards. */
+static uint64_t object_hash(const struct object *o)
+{
+	return name_hash(object_text(o, 0), object_name(o)) + o->kind;
+}
+
+static struct object *object_find(const struct model *m, const struct object *like)
+{
+	uint64_t hash = object_hash(like);
+	struct object *o = NULL;
+
+	while ((o = (struct object *)table_next(&m->objects, (struct link *)o, hash)))
+		if (o->kind == like->kind && !strcmp(object_text(o, 0), object_text(like, 0)) &&
+		    !strcmp(object_name(o), object_name(like)))
+			break;
+	return o;
+}
+
+/* `old` goes, `new` comes; either may be NULL. */
+static void model_replace(struct model *m, struct object *old, struct object *new)
+{
+	enum kind k = (old ? old : new)->kind;
+	struct object *was = old && !old->blank ? old : NULL;
+	struct object *is = new && !new->blank ? new : NULL, *any = is ? is : was;
+
+	if (new)
+		table_add(&m->objects, &new->link, object_hash(new));
+	if (k == SERVICES && any)
+		service_change(m, service_get(m, object_text(any, 0), object_name(any)), is);
+	if (k == SLICES)
+		slice_change(m, was, is);
+	if (k == NODES)
+		zone_change(m, is ? object_more(is) : "");
+	m->ranges_changed |= any && k == SERVICE_CIDRS;
+	m->n_of[k] += !!is - !!was;
+	m->n_bad += (new && !is) - (old && !was);
+	if (old)
+		table_remove(&m->objects, &old->link);
+	free(old);
+}
+
+/* Takes what object_read made. Of a bad object the last good state stays, through
+ * a relist too; it is remembered even if there is none. */
 static void model_store(struct model *m, struct object *o)
 {
-	if (o->kind == SERVICES)
-		service_put(m, o);
-	else if (o->kind == SLICES)
-		slice_put(m, o);
-	else if (!strcmp(o->name, m->places.node)) {
-		m->node_seen = true;
-		model_zone(m, o->more);
-	}
-}
+	const size_t said = offsetof(struct object, size);
+	struct object *old = object_find(m, o);
 
-/* The last news of an object was good: `why` is NULL; or bad, then its last good
- * state stays, through a relist too. */
-static void bad_put(struct model *m, const struct object *o, const char *why)
-{
-	struct service *service =
-		o->name && o->kind == SERVICES ? service_find(m, o->ns, o->name) : NULL;
-	struct slice *slice = o->name && o->kind == SLICES ? slice_find(m, o->ns, o->name) : NULL;
-	struct bad new = { .why = why ? hash64(0, why, strlen(why)) : 0 }, *old = m->bad,
-		   *end = old + m->n_bad;
-
-	new.who = o->name ? hash64(o->kind, o->ns, o->more - o->ns) : new.why;
-	while (old < end && old->who != new.who)
-		old++;
-	m->repeated = old < end && old->why == new.why;
-	if (old < end)
-		*old = why ? new : m->bad[--m->n_bad];
-	if (!why)
-		return;
-	if (old == end && m->n_bad < MAX_BAD) {
-		m->bad = mem(m->bad, (m->n_bad + 1) * sizeof(new));
-		m->bad[m->n_bad++] = new;
+	o->blank |= o->kind == NODES && strcmp(object_name(o), m->places.node);
+	o->round = m->round[o->kind];
+	m->repeated = old && o->bad && old->bad == o->bad;
+	m->unnamed[o->kind] |= o->bad && o->unnamed;
+	if (old) {
+		old->round = o->round;
+		old->bad = o->bad;
 	}
-	if (service)
-		service->seen = true;
-	if (slice)
-		slice->seen = true;
-	m->node_seen |= o->kind == NODES && o->name && !strcmp(o->name, m->places.node);
-	m->unnamed[o->kind] |= !o->name;
+	if (o->bad ? !old && m->n_bad < MAX_BAD : !o->blank)
+		if (!old || old->size != o->size ||
+		    memcmp((char *)old + said, (char *)o + said, o->size - said)) {
+			model_replace(m, old, o);
+			return;
+		}
+	if (old && o->blank && !o->bad)
+		model_replace(m, old, NULL);
+	free(o);
 }
 
 /* 0; or -1 with why, naming kind, namespace/name and field: the object is bad,
@@ -2891,42 +2782,26 @@ static void bad_put(struct model *m, const struct object *o, const char *why)
  * its stream is sound: what stands of it names it. */
 static int model_put(struct model *m, enum kind k, const struct json *j, int at)
 {
-	struct object o;
-	int got = object_read(&o, &m->filter, k, j, at);
+	struct object *o = object_read(&m->filter, k, j, at);
+	int got = o->bad ? -1 : 0;
 
-	if (got || m->n_bad)
-		bad_put(m, &o, got ? why : NULL);
-	if (!got)
-		model_store(m, &o);
-	object_free(&o);
+	model_store(m, o);
 	return got;
 }
 
 static void model_delete(struct model *m, enum kind k, const struct json *j, int at)
 {
-	struct object o;
+	struct object *o = object_read(&m->filter, k, j, at);
 
-	object_read(&o, &m->filter, k, j, at);
-	bad_put(m, &o, NULL);
-	free(o.spec);
-	free(o.slice);
-	o.spec = NULL; /* it is as if it were ignored from now on */
-	o.slice = NULL;
-	if (o.name && k == NODES)
-		*o.more = 0;
-	if (o.name)
-		model_store(m, &o);
-	object_free(&o);
+	o->blank = true; /* it is as if it were ignored from now on */
+	o->bad = 0;
+	model_store(m, o);
 }
 
 /* A list begins. */
 static void model_mark(struct model *m, enum kind k)
 {
-	TABLE_EACH (&m->services, l)
-		((struct service *)l)->seen &= k != SERVICES;
-	TABLE_EACH (&m->slices, l)
-		((struct slice *)l)->seen &= k != SLICES;
-	m->node_seen &= k != NODES;
+	m->round[k]++;
 	m->unnamed[k] = false;
 }
 
@@ -2937,24 +2812,17 @@ static void model_sweep(struct model *m, enum kind k)
 	m->synced[k] = true;
 	if (m->unnamed[k])
 		return;
-	if (k == SERVICES)
-		TABLE_EACH (&m->services, l)
-			if (((struct service *)l)->spec && !((struct service *)l)->seen)
-				service_change(m, (struct service *)l, NULL);
-	if (k == SLICES)
-		TABLE_EACH (&m->slices, l)
-			if (!((struct slice *)l)->seen)
-				slice_remove(m, (struct slice *)l);
-	if (k == NODES && !m->node_seen)
-		model_zone(m, "");
+	TABLE_EACH (&m->objects, l) {
+		struct object *o = (struct object *)l;
+
+		if (o->kind == k && o->round != m->round[k])
+			model_replace(m, o, NULL);
+	}
 }
 
-static int service_by_name(const void *a, const void *b)
+static int service_order(const void *a, const void *b)
 {
-	const struct service *s = *(struct service *const *)a, *o = *(struct service *const *)b;
-	int c = strcmp(s->ns, o->ns);
-
-	return c ? c : strcmp(s->name, o->name);
+	return service_by_name(*(struct service *const *)a, *(struct service *const *)b);
 }
 
 /* The services that are served, by namespace and name; to be freed. */
@@ -2966,7 +2834,7 @@ static struct service **model_sorted(struct model *m, size_t *n)
 	TABLE_EACH (&m->services, l)
 		if (((struct service *)l)->spec && ((struct service *)l)->spec->served)
 			all[(*n)++] = (struct service *)l;
-	qsort(all, *n, sizeof(*all), service_by_name);
+	qsort(all, *n, sizeof(*all), service_order);
 	return all;
 }
 
@@ -2982,30 +2850,30 @@ static int model_check(struct model *m)
 
 	for (int i = 0; i < o->n_maps; i++)
 		for (int k = o->has_vip_range ? -1 : 0; k < i; k++) {
-			const struct cidr *a = &o->maps[i].from,
-					  *b = k < 0 ? &o->vip_range : &o->maps[k].from;
+			const struct map_option *a = &o->maps[i], *b = &o->maps[k];
+			const struct cidr *range = k < 0 ? &o->vip_range : &b->from;
+			bool same = k >= 0 && !cidr_order(&a->from, &b->from) &&
+				!cidr_order(&a->to, &b->to);
 
-			if (cidr_overlap(a, b) &&
-			    (k < 0 || memcmp(&o->maps[i], &o->maps[k], sizeof(*o->maps))))
+			if (cidr_overlap(&a->from, range) && !same)
 				return fail(
 					"--map %s and --%s %s overlap: choose ranges of their own",
-					cidr_text(a, text), k < 0 ? "vip-range" : "map",
-					cidr_text(b, other));
+					cidr_text(&a->from, text), k < 0 ? "vip-range" : "map",
+					cidr_text(range, other));
 		}
 	all = model_sorted(m, &n);
-	for (size_t i = 0; i < n && !got; i++) {
-		struct spec *s = all[i]->spec;
+	for (size_t i = 0; i < n && !got; i++)
+		for (uint32_t k = 0; k < all[i]->n_claims && !got; k++) {
+			const struct claim *c = &all[i]->claims[k];
+			const char *range = claim_refused(m, c);
 
-		for (uint32_t k = 0; k < s->n_cluster + s->n_external + s->n_lb && !got; k++)
-			if (spec_cluster_ip(s, addr_is_v4(&s->at[k])) &&
-			    addr_reserved(m, &s->at[k]))
+			if (range)
 				got = fail("%s contains %s, an address of Service %s/%s: choose "
 					   "another range",
-					   addr_reserved(m, &s->at[k]), addr_text(&s->at[k], text),
-					   all[i]->ns, all[i]->name);
-	}
+					   range, addr_text(&c->addr, text), all[i]->ns,
+					   all[i]->name);
+		}
 	free(all);
-	m->started = !got;
 	return got;
 }
 
@@ -3018,6 +2886,28 @@ static void model_settle(struct model *m)
 		note("--vip-range %s is full: the %zu youngest services have no address in it",
 		     cidr_text(&m->opt->vip_range, text), m->n_without);
 	m->said_without = m->n_without;
+}
+
+/* The ranges that are ours whatever stands in them (rule 16): struct cidr, to be
+ * freed. Where services are left out, a ServiceCIDR may hold some that others serve. */
+static struct buf model_ranges(struct model *m)
+{
+	const char *selector = m->filter.selector ? m->filter.selector : "";
+	bool all = !m->filter.n_namespaces && !selector[strspn(selector, SELECTOR_SPACE)];
+	struct buf out = { 0 };
+
+	if (m->opt->has_vip_range)
+		buf_add(&out, &m->opt->vip_range, sizeof(struct cidr));
+	for (int i = 0; i < m->opt->n_maps; i++)
+		buf_add(&out, &m->opt->maps[i].from, sizeof(struct cidr));
+	TABLE_EACH (&m->objects, l) {
+		const struct object *o = (struct object *)l;
+
+		if (o->kind == SERVICE_CIDRS && all)
+			buf_add(&out, object_cidrs(o), o->n_cidrs * sizeof(struct cidr));
+	}
+	m->ranges_changed = false;
+	return out;
 }
 
 /* The next service whose entries may differ from what they were, each once;
@@ -3047,8 +2937,8 @@ static void model_forget(struct model *m, struct service *s)
 	service_drop(m, s);
 }
 /* === resolve (a service into what is programmed) ==========================
- * kube-proxy's rules, one function each. Everything returned lives in one
- * arena that the next call uses again. */
+ * kube-proxy's rules, one function each. Everything returned lives in buffers
+ * that the next call uses again. */
 struct backend {
 	struct in6_addr addr;
 	uint16_t port;
@@ -3069,10 +2959,10 @@ struct entry { /* one service port in one family and one scope */
 	bool drop_if_empty;
 	uint32_t affinity;	    /* seconds, 0: none */
 	struct frontend *frontends; /* sorted by address and port, unique */
+	struct cidr *sources;	    /* of scope TL_LOADBALANCER; likewise */
 	struct backend *backends;   /* likewise */
-	struct cidr *sources;	    /* of scope TL_LOADBALANCER */
 	struct backend *serving;    /* a UDP flow to one of these is not flushed (rule 17) */
-	int n_frontends, n_backends, n_sources, n_serving;
+	int n_frontends, n_sources, n_backends, n_serving;
 };
 
 /* An endpoint of one service port; of those with one address and port the
@@ -3095,46 +2985,42 @@ enum place_flags {
 struct resolved {
 	struct entry *entries;
 	int n;
-	/* inside: arrays of entries begin at offsets in `arena` until all is there */
-	struct buf arena, list, candidates;
-	struct buf lost;       /* notes about frontends that are not served, one a line */
-	const char *sctp_port; /* a port of which endpoints were left out, or NULL */
+	/* inside; of the entries: frontends and sources; backends and serving */
+	struct buf list, fronts, backs, candidates;
+	struct buf lost; /* what is not as the service asks for, "; " behind each */
 };
 
 /* The endpoint at `at` in a slice; the next one's place. */
-static const char *candidate_read(const struct model *m, const struct slice *s, const char *at,
+static const char *candidate_read(const struct model *m, const struct object *s, const char *at,
 				  struct candidate *c)
 {
-	const char *node = m->places.node, *zone = m->places.zone ? m->places.zone : "";
+	const char *node = m->places.node, *zone = m->places.zone;
+	bool hints = *at & ENDPOINT_HINTS;
 
-	c->conditions = *at++;
+	c->conditions = *at++ & ~ENDPOINT_HINTS;
 	c->backend.addr = (struct in6_addr){ .s6_addr = { [10] = 0xff, 0xff } };
 	memcpy(c->backend.addr.s6_addr + (s->v4 ? 12 : 0), at, s->v4 ? 4 : 16);
 	at += s->v4 ? 4 : 16;
 	c->backend.node = at;
 	c->backend.local = *node && !strcmp(at, node);
 	c->place = c->backend.local ? PLACE_LOCAL : 0;
-	for (at += strlen(at) + 1; *at; at += strlen(at) + 1)
+	for (at = text_after(at); hints && *at; at = text_after(at))
 		if (*at == 'n')
 			c->place |= PLACE_NODE_HINTS |
 				(*node && !strcmp(at + 1, node) ? PLACE_OUR_NODE : 0);
 		else
 			c->place |= PLACE_ZONE_HINTS |
 				(*zone && !strcmp(at + 1, zone) ? PLACE_OUR_ZONE : 0);
-	return at + 1;
+	return at + hints;
 }
 
 static int candidate_order(const void *x, const void *y)
 {
 	const struct candidate *a = x, *b = y;
 	int c = memcmp(&a->backend.addr, &b->backend.addr, sizeof(a->backend.addr));
-	int flips[] = { ENDPOINT_TERMINATING, ENDPOINT_READY, ENDPOINT_SERVING };
 
 	c = c ? c : a->backend.port - b->backend.port;
-	for (int i = 0; i < 3 && !c; i++) {
-		c = !(a->conditions & flips[i]) - !(b->conditions & flips[i]);
-		c = i ? c : -c; /* not terminating, then ready, then serving */
-	}
+	c = c ? c : a->conditions - b->conditions;
 	c = c ? c : strcmp(a->slice, b->slice);
 	return c ? c : a->index < b->index ? -1 : a->index > b->index;
 }
@@ -3143,45 +3029,52 @@ static int candidate_order(const void *x, const void *y)
 static int resolve_candidates(const struct model *m, struct service *s, const struct port *p,
 			      bool v4, struct resolved *r)
 {
-	const char *name = spec_port_name(s->spec, p);
-	struct buf *out = &r->candidates;
+	const char *name = object_text(s->spec, p->name);
+	bool sctp_left = false;
 	struct candidate *all;
-	const char *at;
 	int n, kept = 0;
 
-	out->len = 0;
-	for (struct slice *sl = s->slices; sl; sl = sl->sibling) {
-		if (sl->v4 != v4)
-			continue;
-		for (uint32_t i = 0; i < sl->n_ports; i++) {
-			const struct port *q = &slice_ports(sl)[i];
+	r->candidates.len = 0;
+	for (struct object *sl = s->slices; sl; sl = sl->sibling) {
+		const struct port *q = object_ports(sl), *end = q + sl->n_ports;
 
-			if (q->proto != p->proto || strcmp(slice_text(sl, q->name), name))
-				continue;
-			if (q->proto == IPPROTO_SCTP && q->number != p->number) {
-				r->sctp_port = sl->n_endpoints ? name : r->sctp_port;
-				continue;
-			}
-			at = slice_text(sl, sl->texts);
-			for (uint32_t k = 0; k < sl->n_endpoints; k++) {
-				struct candidate c = { .slice = slice_text(sl, sl->name),
-						       .index = k };
+		for (; q < end && sl->v4 == v4; q++) {
+			const char *at = text_after(object_more(sl));
+			struct candidate c = { .slice = object_name(sl) };
+			bool left = q->proto == IPPROTO_SCTP && q->number != p->number;
 
-				c.backend.port = q->number;
+			if (q->proto != p->proto || strcmp(object_text(sl, q->name), name))
+				continue;
+			sctp_left |= left && sl->n_endpoints;
+			c.backend.port = q->number;
+			for (; c.index < sl->n_endpoints && !left; c.index++) {
 				at = candidate_read(m, sl, at, &c);
-				buf_add(out, &c, sizeof(c));
+				buf_add(&r->candidates, &c, sizeof(c));
 			}
 		}
 	}
-	all = (struct candidate *)out->at;
-	n = out->len / sizeof(*all);
+	if (sctp_left)
+		buf_printf(&r->lost, "port \"%s\": SCTP endpoints with another port number; ", name);
+	all = (struct candidate *)r->candidates.at;
+	n = r->candidates.len / sizeof(*all);
 	if (n)
 		qsort(all, n, sizeof(*all), candidate_order);
 	for (int i = 0; i < n; i++)
-		if (!i || memcmp(&all[i].backend.addr, &all[kept - 1].backend.addr, 16) ||
+		if (!i || addr_order(&all[i].backend.addr, &all[kept - 1].backend.addr) ||
 		    all[i].backend.port != all[kept - 1].backend.port)
 			all[kept++] = all[i];
 	return kept;
+}
+
+static bool candidate_ready(const struct candidate *c)
+{
+	return !(c->conditions & ENDPOINT_NOT_READY);
+}
+
+static bool candidate_fallback(const struct candidate *c)
+{
+	return (c->conditions & (ENDPOINT_NOT_SERVING | ENDPOINT_TERMINATING)) ==
+		ENDPOINT_TERMINATING;
 }
 
 /* Rule 9: which place flag a ready endpoint must have; 0: none, all serve. */
@@ -3190,7 +3083,7 @@ static int resolve_topology(const struct candidate *c, int n)
 	int all = PLACE_NODE_HINTS | PLACE_ZONE_HINTS, any = 0;
 
 	for (int i = 0; i < n; i++)
-		if (c[i].conditions & ENDPOINT_READY) {
+		if (candidate_ready(&c[i])) {
 			all &= c[i].place;
 			any |= c[i].place;
 		}
@@ -3199,256 +3092,170 @@ static int resolve_topology(const struct candidate *c, int n)
 	return all & PLACE_ZONE_HINTS && any & PLACE_OUR_ZONE ? PLACE_OUR_ZONE : 0;
 }
 
-static bool candidate_fallback(const struct candidate *c)
-{
-	return c->conditions & ENDPOINT_SERVING && c->conditions & ENDPOINT_TERMINATING;
-}
-
-/* Room in the arena, aligned; the offset. */
-static size_t resolved_begin(struct resolved *r)
-{
-	static const char zero[8];
-
-	buf_add(&r->arena, zero, -r->arena.len & 7);
-	return r->arena.len;
-}
-
-/* Rules 7 and 8: the backends under a policy, to the arena; how many. */
-static int resolve_backends(struct resolved *r, int n, bool local, bool *elsewhere)
+/* Rules 7 and 8: the backends under a policy; how many. */
+static int resolve_backends(struct resolved *r, int n, bool local)
 {
 	const struct candidate *c = (struct candidate *)r->candidates.at;
 	int place = local ? PLACE_LOCAL : resolve_topology(c, n), found = 0;
 
-	*elsewhere = false;
-	for (int i = 0; i < n; i++) {
-		if (c[i].conditions & ENDPOINT_READY && (c[i].place & place) == place) {
-			buf_add(&r->arena, &c[i].backend, sizeof(c[i].backend));
-			found++;
-		}
-		*elsewhere |= !(c[i].place & PLACE_LOCAL) &&
-			(c[i].conditions & ENDPOINT_READY || candidate_fallback(&c[i]));
+	for (int fallback = 0; fallback < 2 && !found; fallback++) {
+		for (int i = 0; i < n; i++)
+			if ((fallback ? candidate_fallback(&c[i]) : candidate_ready(&c[i])) &&
+			    (c[i].place & place) == place) {
+				buf_add(&r->backs, &c[i].backend, sizeof(c[i].backend));
+				found++;
+			}
+		place &= PLACE_LOCAL;
 	}
-	if (found)
-		return found;
-	for (int i = 0; i < n; i++)
-		if (candidate_fallback(&c[i]) && (!local || c[i].place & PLACE_LOCAL)) {
-			buf_add(&r->arena, &c[i].backend, sizeof(c[i].backend));
-			found++;
-		}
 	return found;
 }
 
-/* Who has a frontend instead of this service; itself: as another frontend;
- * NULL: nobody. */
-static struct service *resolve_owner(struct model *m, struct service *s, const struct in6_addr *a,
-				     const struct port *p, enum tl_scope scope)
+/* Who has a frontend instead of the claim's service; that itself: as another
+ * frontend; NULL: nobody. */
+static struct service *resolve_owner(struct model *m, const struct claim *mine,
+				     const struct port *p)
 {
-	struct service *owner = p->shadowed ? s : NULL;
-	struct claim *c;
+	struct service *s = mine->of;
+	bool own = mine->scope == TL_INTERNAL;
 
-	for (c = claim_first(m, CLAIM_ADDRESS, a, 0, 0); c && !owner; c = claim_next(m, c, c)) {
-		if (scope != TL_INTERNAL)
-			owner = c->of;
-		else if (c->of != s && c->of->spec->served && service_older(c->of, s))
-			for (uint32_t i = 0; i < c->of->spec->n_ports && !owner; i++) {
-				struct port *q = &spec_ports(c->of->spec)[i];
+	if (object_port(s->spec, p) != p)
+		return s;
+	for (struct claim *c = NULL; (c = claim_next(m, &mine->addr, c));) {
+		bool owns = c->scope == TL_INTERNAL;
 
-				owner = q->number == p->number && q->proto == p->proto ? c->of :
-											 NULL;
-			}
+		if (claim_refused(m, c))
+			continue;
+		if (owns && !own)
+			return c->of;
+		if (owns == own && c->of != s && c->of->spec->served && service_older(c->of, s) &&
+		    object_port(c->of->spec, p))
+			return c->of;
 	}
-	if (scope != TL_INTERNAL && !owner)
-		for (c = claim_first(m, CLAIM_EXTERNAL, a, p->number, p->proto); c && !owner;
-		     c = claim_next(m, c, c))
-			owner = c->of != s && service_older(c->of, s) ? c->of : NULL;
-	return owner;
+	return NULL;
 }
 
-/* Adds a frontend to the arena, unless it is not to be served. */
-static void resolve_frontend(struct model *m, struct service *s, const struct in6_addr *a,
-			     const struct port *p, enum tl_scope scope, struct resolved *r)
+/* A claimed address as frontend of a port, unless it is not to be served. */
+static void resolve_frontend(struct model *m, const struct claim *c, const struct port *p,
+			     struct resolved *r)
 {
-	struct service *owner = resolve_owner(m, s, a, p, scope);
-	struct frontend f = { .addr = *a, .port = p->number };
+	struct frontend f = { .addr = c->addr, .port = p->number };
+	const char *range = claim_refused(m, c);
+	struct service *owner;
 	char text[INET6_ADDRSTRLEN];
 
-	if (scope != TL_INTERNAL && addr_refused(m, s, a))
-		buf_printf(&r->lost, "%s is in %s\n", addr_text(a, text), addr_reserved(m, a));
-	else if (owner && owner != s)
-		buf_printf(&r->lost, "%s port %u/%s belongs to Service %s/%s\n", addr_text(a, text),
-			   p->number, proto_name(p->proto), owner->ns, owner->name);
-	else if (!owner)
-		buf_add(&r->arena, &f, sizeof(f));
-}
-
-static bool spec_restricted(struct spec *s, bool v4)
-{
-	for (uint32_t i = 0; i < s->n_sources; i++)
-		if (addr_is_v4(&spec_sources(s)[i].addr) == v4)
-			return true;
-	return false;
-}
-
-/* The addresses of a scope and family: ClusterIP, mapped, VIP; or external ones. */
-static void resolve_frontends(struct model *m, struct service *s, const struct port *p, bool v4,
-			      enum tl_scope scope, struct resolved *r)
-{
-	struct spec *spec = s->spec;
-	const struct in6_addr *ip = spec->at + spec->n_cluster, *lb = ip + spec->n_external;
-	const struct in6_addr *end = lb + spec->n_lb;
-	bool restricted = spec_restricted(spec, v4);
-	char text[INET6_ADDRSTRLEN];
-
-	if (scope == TL_INTERNAL) {
-		const struct in6_addr *cluster = spec_cluster_ip(spec, v4);
-
-		for (uint32_t i = 0; i < s->n_claims; i++)
-			if (s->claims[i].role == CLAIM_ADDRESS &&
-			    addr_is_v4(&s->claims[i].addr) == v4)
-				resolve_frontend(m, s, &s->claims[i].addr, p, scope, r);
-		if (s->vip && addr_is_v4(&s->vip->addr) == v4)
-			resolve_frontend(m, s, &s->vip->addr, p, scope, r);
-		if (addr_refused(m, s, cluster))
-			buf_printf(&r->lost, "%s is in %s\n", addr_text(cluster, text),
-				   addr_reserved(m, cluster));
+	if (range) {
+		buf_printf(&r->lost, "%s, in %s; ", addr_text(&c->addr, text), range);
 		return;
 	}
-	for (const struct in6_addr *a = ip; a < end; a++) {
-		bool limited = false;
-
-		for (const struct in6_addr *o = lb; o < end && restricted; o++)
-			limited |= !memcmp(a, o, sizeof(*a));
-		if (addr_is_v4(a) == v4 && limited == (scope == TL_LOADBALANCER))
-			resolve_frontend(m, s, a, p, scope, r);
-	}
+	owner = resolve_owner(m, c, p);
+	if (!owner)
+		buf_add(&r->fronts, &f, sizeof(f));
+	else if (owner != c->of)
+		buf_printf(&r->lost, "%s port %u/%s, which belongs to Service %s/%s; ",
+			   addr_text(&c->addr, text), p->number, proto_name(p->proto), owner->ns,
+			   owner->name);
 }
 
-static int addr_order(const void *a, const void *b)
+/* Sorts what was added to a buffer from `at` on, each once; how many. */
+static int buf_unique(struct buf *b, size_t at, size_t size,
+		      int (*order)(const void *, const void *))
 {
-	return memcmp(a, b, sizeof(struct in6_addr));
-}
-
-static int cidr_order(const void *a, const void *b)
-{
-	int c = memcmp(a, b, sizeof(struct in6_addr));
-
-	return c ? c : ((const struct cidr *)a)->bits - ((const struct cidr *)b)->bits;
-}
-
-/* Sorts what was added to the arena from `at` on, each once; how many. */
-static int resolved_unique(struct resolved *r, size_t at, size_t size,
-			   int (*order)(const void *, const void *))
-{
-	int n = (r->arena.len - at) / size, kept = 0;
-	char *p = r->arena.at + at;
+	int n = (b->len - at) / size, kept = 0;
+	char *p = b->at + at;
 
 	if (n)
 		qsort(p, n, size, order);
 	for (int i = 0; i < n; i++)
 		if (!i || order(p + i * size, p + (kept - 1) * size))
 			memmove(p + kept++ * size, p + i * size, size);
-	r->arena.len = at + kept * size;
+	b->len = at + kept * size;
 	return kept;
 }
 
 static void resolve_entry(struct model *m, struct service *s, const struct port *p, bool v4,
 			  enum tl_scope scope, int candidates, struct resolved *r)
 {
+	const struct candidate *c = (struct candidate *)r->candidates.at;
+	const struct cidr *sources = object_cidrs(s->spec);
+	bool local = scope == TL_INTERNAL ? s->spec->internal_local : s->spec->external_local;
 	struct entry e = { .ns = s->ns,
 			   .name = s->name,
-			   .port = spec_port_name(s->spec, p),
+			   .port = object_text(s->spec, p->name),
 			   .proto = p->proto,
 			   .v4 = v4,
 			   .scope = scope,
 			   .affinity = s->spec->affinity };
-	const struct candidate *c = (struct candidate *)r->candidates.at;
-	bool local = scope == TL_INTERNAL ? s->spec->internal_local : s->spec->external_local;
-	size_t at = resolved_begin(r);
+	size_t at = r->fronts.len;
 
-	resolve_frontends(m, s, p, v4, scope, r);
-	e.frontends = (void *)at;
-	e.n_frontends = resolved_unique(r, at, sizeof(*e.frontends), addr_order);
+	for (uint32_t i = 0; i <= s->n_claims; i++) {
+		const struct claim *claim = i < s->n_claims ? &s->claims[i] : s->vip;
+
+		if (claim && claim->scope == scope && addr_is_v4(&claim->addr) == v4)
+			resolve_frontend(m, claim, p, r);
+	}
+	e.n_frontends = buf_unique(&r->fronts, at, sizeof(*e.frontends), addr_order);
 	if (!e.n_frontends && scope != TL_INTERNAL)
 		return;
-	e.backends = (void *)resolved_begin(r);
-	e.n_backends = resolve_backends(r, candidates, local, &e.drop_if_empty);
-	e.drop_if_empty &= local;
-	e.serving = (void *)resolved_begin(r);
-	for (int i = 0; i < candidates; i++)
-		if (c[i].conditions &
-		    (ENDPOINT_SERVING |
-		     ENDPOINT_READY)) { /* ready alone: publishNotReadyAddresses */
-			buf_add(&r->arena, &c[i].backend, sizeof(*e.serving));
+	at = r->fronts.len;
+	for (uint32_t i = 0; i < s->spec->n_cidrs && scope == TL_LOADBALANCER; i++)
+		if (addr_is_v4(&sources[i].addr) == v4)
+			buf_add(&r->fronts, &sources[i], sizeof(*e.sources));
+	e.n_sources = buf_unique(&r->fronts, at, sizeof(*e.sources), cidr_order);
+	e.n_backends = resolve_backends(r, candidates, local);
+	for (int i = 0; i < candidates; i++) {
+		bool ready = candidate_ready(&c[i]);
+
+		e.drop_if_empty |= local && !c[i].backend.local &&
+			(ready || candidate_fallback(&c[i]));
+		/* ready alone: publishNotReadyAddresses */
+		if (ready || !(c[i].conditions & ENDPOINT_NOT_SERVING)) {
+			buf_add(&r->backs, &c[i].backend, sizeof(*e.serving));
 			e.n_serving++;
 		}
-	at = resolved_begin(r);
-	e.sources = (void *)at;
-	for (uint32_t i = 0; i < s->spec->n_sources && scope == TL_LOADBALANCER; i++)
-		if (addr_is_v4(&spec_sources(s->spec)[i].addr) == v4)
-			buf_add(&r->arena, &spec_sources(s->spec)[i], sizeof(*e.sources));
-	e.n_sources = resolved_unique(r, at, sizeof(*e.sources), cidr_order);
+	}
 	buf_add(&r->list, &e, sizeof(e));
 }
 
-/* Says what is not as the service asks for, unless it was said before. */
-static void resolve_notes(struct service *s, const struct resolved *r)
-{
-	uint32_t said = r->lost.len ? hash64(1, r->lost.at, r->lost.len) : 0;
-
-	if (said && said != s->said) {
-		size_t first = strcspn(r->lost.at, "\n"), n = 0;
-
-		for (const char *c = r->lost.at; *c; c++)
-			n += *c == '\n';
-		note("Service %s/%s: not served: %.*s%s", s->ns, s->name, (int)first, r->lost.at,
-		     n > 1 ? ", and more" : "");
-	}
-	s->said = said;
-	if (r->sctp_port && !s->said_sctp)
-		note("Service %s/%s: port \"%s\": SCTP endpoints with another port number are left "
-		     "out",
-		     s->ns, s->name, r->sctp_port);
-	s->said_sctp = r->sctp_port;
-}
-
-/* The entries of a service, sorted as CONTRACT says. */
+/* The entries of a service, sorted as CONTRACT says. What is not as it asks for is
+ * said, unless it was said before. */
 static void resolve_service(struct model *m, struct service *s, struct resolved *r)
 {
-	char *base;
+	struct object *spec = s->spec && s->spec->served ? s->spec : NULL;
+	uint32_t said = 0;
+	char *fronts;
+	struct backend *backs;
 
-	r->arena.len = r->list.len = r->lost.len = 0;
-	r->sctp_port = NULL;
-	for (uint32_t i = 0; s->spec && s->spec->served && i < s->spec->n_ports; i++)
+	r->fronts.len = r->backs.len = r->list.len = r->lost.len = 0;
+	for (uint32_t i = 0; spec && i < spec->n_ports; i++)
 		for (int v4 = 1; v4 >= 0; v4--) {
-			const struct port *p = &spec_ports(s->spec)[i];
+			const struct port *p = &object_ports(spec)[i];
 			int n;
 
-			if (!spec_cluster_ip(s->spec, v4))
+			if (!object_cluster_ip(spec, v4))
 				continue;
 			n = resolve_candidates(m, s, p, v4, r);
-			resolve_entry(m, s, p, v4, TL_INTERNAL, n, r);
-			resolve_entry(m, s, p, v4, TL_EXTERNAL, n, r);
-			if (spec_restricted(s->spec, v4))
-				resolve_entry(m, s, p, v4, TL_LOADBALANCER, n, r);
+			for (enum tl_scope scope = TL_INTERNAL; scope <= TL_LOADBALANCER; scope++)
+				resolve_entry(m, s, p, v4, scope, n, r);
 		}
-	resolve_notes(s, r);
+	if (r->lost.len)
+		said = hash64(0, r->lost.at, r->lost.len);
+	if (said && said != s->said)
+		note("Service %s/%s: not served: %.*s%s", s->ns, s->name,
+		     r->lost.len < 400 ? (int)r->lost.len - 2 : 400, r->lost.at,
+		     r->lost.len < 400 ? "" : "...");
+	s->said = said;
 	r->entries = (struct entry *)r->list.at;
 	r->n = r->list.len / sizeof(*r->entries);
-	base = r->arena.at;
+	fronts = r->fronts.at;
+	backs = (struct backend *)r->backs.at;
 	for (struct entry *e = r->entries; e < r->entries + r->n; e++) {
-		e->frontends = (void *)(base + (size_t)e->frontends);
-		e->backends = (void *)(base + (size_t)e->backends);
-		e->serving = (void *)(base + (size_t)e->serving);
-		e->sources = (void *)(base + (size_t)e->sources);
+		e->frontends = (struct frontend *)fronts;
+		e->sources = (struct cidr *)(e->frontends + e->n_frontends);
+		fronts = (char *)(e->sources + e->n_sources);
+		e->backends = backs;
+		e->serving = e->backends + e->n_backends;
+		backs = e->serving + e->n_serving;
 	}
-}
-
-static void resolved_free(struct resolved *r)
-{
-	buf_free(&r->arena);
-	buf_free(&r->list);
-	buf_free(&r->candidates);
-	buf_free(&r->lost);
 }
 /* === printing ============================================================= */
 static void print_string(struct buf *out, const char *s)
@@ -3464,63 +3271,53 @@ static void print_string(struct buf *out, const char *s)
 	buf_add(out, "\"", 1);
 }
 
-/* ADDR:PORT or [ADDR]:PORT */
-static void print_socket(struct buf *out, const struct in6_addr *a, uint16_t port)
+/* `before`, then ADDR:PORT or [ADDR]:PORT. */
+static void print_socket(struct buf *out, const char *before, const struct in6_addr *a,
+			 uint16_t port)
 {
 	char text[INET6_ADDRSTRLEN];
 
-	buf_printf(out, addr_is_v4(a) ? "%s:%u" : "[%s]:%u", addr_text(a, text), port);
+	buf_printf(out, addr_is_v4(a) ? "%s%s:%u" : "%s[%s]:%u", before, addr_text(a, text), port);
 }
 
-static const char *scope_name(enum tl_scope scope)
-{
-	return scope == TL_INTERNAL  ? "internal" :
-		scope == TL_EXTERNAL ? "external" :
-				       "load-balancer";
-}
-
-static void print_entry_json(struct buf *out, const struct entry *e)
-{
-	char text[INET6_ADDRSTRLEN + 4];
-
-	buf_printf(out, "{\"namespace\":");
-	print_string(out, e->ns);
-	buf_printf(out, ",\"name\":");
-	print_string(out, e->name);
-	buf_printf(out, ",\"port\":");
-	print_string(out, e->port);
-	buf_printf(out,
-		   ",\"protocol\":\"%s\",\"family\":\"IPv%d\",\"scope\":\"%s\",\"frontends\":[",
-		   proto_name(e->proto), e->v4 ? 4 : 6, scope_name(e->scope));
-	for (int i = 0; i < e->n_frontends; i++) {
-		buf_printf(out, "%s\"", i ? "," : "");
-		print_socket(out, &e->frontends[i].addr, e->frontends[i].port);
-		buf_printf(out, "\"");
-	}
-	buf_printf(out, "],\"backends\":[");
-	for (int i = 0; i < e->n_backends; i++) {
-		const struct backend *b = &e->backends[i];
-
-		buf_printf(out, "%s{\"address\":\"", i ? "," : "");
-		print_socket(out, &b->addr, b->port);
-		buf_printf(out, "\",\"node\":");
-		print_string(out, b->node);
-		buf_printf(out, ",\"local\":%s}", b->local ? "true" : "false");
-	}
-	buf_printf(out, "]");
-	for (int i = 0; i < e->n_sources; i++)
-		buf_printf(out, "%s\"%s\"%s", i ? "," : ",\"sources\":[",
-			   cidr_text(&e->sources[i], text), i + 1 < e->n_sources ? "" : "]");
-	buf_printf(out, ",\"empty\":\"%s\",\"affinity_seconds\":%" PRIu32 "}",
-		   e->drop_if_empty ? "drop" : "reject", e->affinity);
-}
+static const char *const scope_names[] = { "internal", "external", "load-balancer" };
 
 /* Objects with commas between them, one a line; `first`: none were before. */
 static void print_entries_json(struct buf *out, const struct entry *e, int n, bool first)
 {
-	for (int i = 0; i < n; i++) {
-		buf_printf(out, first && !i ? "\n " : ",\n ");
-		print_entry_json(out, &e[i]);
+	char text[INET6_ADDRSTRLEN + 4];
+
+	for (; n--; e++, first = false) {
+		buf_printf(out, "%s\n {\"namespace\":", first ? "" : ",");
+		print_string(out, e->ns);
+		buf_printf(out, ",\"name\":");
+		print_string(out, e->name);
+		buf_printf(out, ",\"port\":");
+		print_string(out, e->port);
+		buf_printf(out, ",\"protocol\":\"%s\",\"family\":\"IPv%d\",\"scope\":\"%s\"",
+			   proto_name(e->proto), e->v4 ? 4 : 6, scope_names[e->scope]);
+		buf_printf(out, ",\"frontends\":[");
+		for (int i = 0; i < e->n_frontends; i++) {
+			const struct frontend *f = &e->frontends[i];
+
+			print_socket(out, i ? ",\"" : "\"", &f->addr, f->port);
+			buf_printf(out, "\"");
+		}
+		buf_printf(out, "],\"backends\":[");
+		for (int i = 0; i < e->n_backends; i++) {
+			const struct backend *b = &e->backends[i];
+
+			print_socket(out, i ? ",{\"address\":\"" : "{\"address\":\"", &b->addr,
+				     b->port);
+			buf_printf(out, "\",\"node\":");
+			print_string(out, b->node);
+			buf_printf(out, ",\"local\":%s}", b->local ? "true" : "false");
+		}
+		for (int i = 0; i < e->n_sources; i++)
+			buf_printf(out, "%s\"%s\"", i ? "," : "],\"sources\":[",
+				   cidr_text(&e->sources[i], text));
+		buf_printf(out, "],\"empty\":\"%s\",\"affinity_seconds\":%" PRIu32 "}",
+			   e->drop_if_empty ? "drop" : "reject", e->affinity);
 	}
 }
 
@@ -3530,51 +3327,49 @@ static void print_entries_text(struct buf *out, const struct entry *e, int n)
 	char text[INET6_ADDRSTRLEN + 4];
 
 	for (; n--; e++) {
-		buf_printf(out, "\nservice: %s/%s%s%s %s %s\n  frontends: ", e->ns, e->name,
+		buf_printf(out, "\nservice: %s/%s%s%s %s %s\n  frontends: %s", e->ns, e->name,
 			   *e->port ? " " : "", e->port, proto_name(e->proto),
-			   scope_name(e->scope));
-		for (int i = 0; i < e->n_frontends; i++) {
-			buf_printf(out, "%s", i ? ", " : "");
-			print_socket(out, &e->frontends[i].addr, e->frontends[i].port);
-		}
-		buf_printf(out, "%s\n", e->n_frontends ? "" : "(none)");
+			   scope_names[e->scope], e->n_frontends ? "" : "(none)");
+		for (int i = 0; i < e->n_frontends; i++)
+			print_socket(out, i ? ", " : "", &e->frontends[i].addr,
+				     e->frontends[i].port);
 		for (int i = 0; i < e->n_sources; i++)
-			buf_printf(out, "%s%s%s",
-				   i ? ", " : "  allowed from: ", cidr_text(&e->sources[i], text),
-				   i + 1 < e->n_sources ? "" : "\n");
+			buf_printf(out, "%s%s", i ? ", " : "\n  allowed from: ",
+				   cidr_text(&e->sources[i], text));
 		for (int i = 0; i < e->n_backends; i++) {
-			buf_printf(out, i ? "\n            " : "  backends: ");
-			print_socket(out, &e->backends[i].addr, e->backends[i].port);
-			if (*e->backends[i].node)
-				buf_printf(out, " on %s%s", e->backends[i].node,
-					   e->backends[i].local ? " (here)" : "");
+			const struct backend *b = &e->backends[i];
+
+			print_socket(out, i ? "\n            " : "\n  backends: ", &b->addr,
+				     b->port);
+			if (*b->node)
+				buf_printf(out, " on %s%s", b->node, b->local ? " (here)" : "");
 		}
 		if (!e->n_backends)
-			buf_printf(out, "  backends: (none), new flows are %s",
+			buf_printf(out, "\n  backends: (none), new flows are %s",
 				   e->drop_if_empty ? "dropped" : "rejected");
-		buf_printf(out, "\n");
 		if (e->affinity)
-			buf_printf(out, "  affinity: %" PRIu32 " seconds\n", e->affinity);
+			buf_printf(out, "\n  affinity: %" PRIu32 " seconds", e->affinity);
+		buf_printf(out, "\n");
 	}
 }
 
 /* What --dry-run prints. */
 static void print_dry_run(struct buf *out, struct model *m, bool json)
 {
-	struct resolved r = { 0 };
-	const char *zone = m->places.zone ? m->places.zone : "";
+	const char *node = m->places.node, *zone = m->places.zone;
+	static struct resolved r;
 	struct service **all;
 	bool first = true;
 	size_t n;
 
 	if (json) {
 		buf_printf(out, "{\"node\":");
-		print_string(out, m->places.node);
+		print_string(out, node);
 		buf_printf(out, ",\"zone\":");
 		print_string(out, zone);
 		buf_printf(out, ",\"services\":[");
 	} else {
-		buf_printf(out, "node: %s\nzone: %s\n", m->places.node, *zone ? zone : "(none)");
+		buf_printf(out, "node: %s\nzone: %s\n", node, *zone ? zone : "(none)");
 	}
 	all = model_sorted(m, &n);
 	for (size_t i = 0; i < n; i++) {
@@ -3585,10 +3380,8 @@ static void print_dry_run(struct buf *out, struct model *m, bool json)
 			print_entries_text(out, r.entries, r.n);
 		first &= !r.n;
 	}
-	if (json)
-		buf_printf(out, "]}\n");
+	buf_printf(out, json ? "]}\n" : "");
 	free(all);
-	resolved_free(&r);
 }
 /* === --from ================================================================
  * Objects from a file, read once from its beginning to its end, so that it may
@@ -3597,10 +3390,9 @@ struct from {
 	struct model *m;
 	struct split split;
 	struct json head, item;
-	struct object *got; /* the good ones, in their order */
-	size_t n, cap;
+	struct buf got;		/* struct object *: the good ones, in their order */
+	size_t before;		/* got.len before the list at hand */
 	size_t n_seen;		/* objects and items so far, to name one by its place */
-	size_t before;		/* how many of `got` stood before the list at hand */
 	unsigned list;		/* which "items" of it the others are from */
 	struct buf kindless;	/* its items that do not say all of what they are */
 	char flaw[sizeof(why)]; /* the first among its items: it counts if it is a List */
@@ -3627,6 +3419,7 @@ static int from_object(struct from *f, const struct json *j, const char *kind)
 {
 	int own = json_get(j, 0, "kind"), api = json_get(j, 0, "apiVersion");
 	int of = json_get(&f->head, 0, "apiVersion");
+	struct object *o;
 	enum kind k;
 
 	if (!json_is(j, 0, JSMN_OBJECT))
@@ -3635,25 +3428,36 @@ static int from_object(struct from *f, const struct json *j, const char *kind)
 		return fail("object %zu: kind must be given, as a string", f->n_seen);
 	if (api >= 0 && !json_is(j, api, JSMN_STRING))
 		return fail("object %zu: apiVersion must be a string", f->n_seen);
-	for (k = 0; k < N_KINDS; k++)
+	for (k = 0; k < N_READ; k++)
 		if ((own < 0 ? !strcmp(kind, kinds[k].name) : json_eq(j, own, kinds[k].name)) &&
 		    (api >= 0 ? json_eq(j, api, kinds[k].api) :
 				*kind && (of < 0 || json_eq(&f->head, of, kinds[k].api))))
 			break;
-	if (k == N_KINDS)
+	if (k == N_READ)
 		return j->flaw ? fail("object %zu %s", f->n_seen, j->flaw) : 0;
-	if (f->n == f->cap) {
-		f->cap = f->cap ? f->cap * 2 : 64;
-		f->got = mem(f->got, f->cap * sizeof(*f->got));
+	o = object_read(&f->m->filter, k, j, 0);
+	buf_add(&f->got, &o, sizeof(o));
+	return o->bad ? -1 : 0;
+}
+
+/* Ends what came from got.len `keep` on: to the model, or not. */
+static void from_give(struct from *f, size_t keep, bool good)
+{
+	for (size_t i = keep; i < f->got.len; i += sizeof(struct object *)) {
+		struct object *o = *(struct object **)(f->got.at + i);
+
+		if (good)
+			model_store(f->m, o);
+		else
+			free(o);
 	}
-	return object_read(&f->got[f->n++], &f->m->filter, k, j, 0);
+	f->got.len = keep;
 }
 
 /* The items so far do not count. */
 static void from_forget(struct from *f)
 {
-	while (f->n > f->before)
-		object_free(&f->got[--f->n]);
+	from_give(f, f->before, false);
 	f->kindless.len = 0;
 	f->flaw[0] = 0;
 }
@@ -3662,20 +3466,21 @@ static void from_forget(struct from *f)
 static void from_item(struct from *f)
 {
 	const struct split *s = &f->split;
+	struct json *j = &f->item;
 
 	if (f->list != s->n_lists)
 		from_forget(f);
 	f->list = s->n_lists;
 	if (f->flaw[0])
 		return;
-	json_take(&f->item, s);
-	if (from_list(&f->item))
+	json_take(j, s);
+	if (from_list(j))
 		fail("object %zu is a List in a List", f->n_seen);
-	else if (json_is(&f->item, 0, JSMN_OBJECT) && !f->item.flaw &&
-		 (json_get(&f->item, 0, "kind") < 0 || json_get(&f->item, 0, "apiVersion") < 0)) {
+	else if (json_is(j, 0, JSMN_OBJECT) && !j->flaw &&
+		 (json_get(j, 0, "kind") < 0 || json_get(j, 0, "apiVersion") < 0)) {
 		buf_add(&f->kindless, s->text, s->len);
 		return;
-	} else if (!from_object(f, &f->item, ""))
+	} else if (!from_object(f, j, ""))
 		return;
 	memcpy(f->flaw, why, sizeof(why));
 }
@@ -3684,65 +3489,56 @@ static void from_item(struct from *f)
 static int from_head(struct from *f)
 {
 	struct split again = { .shape = SPLIT_EVENTS };
+	struct json *j = &f->head;
 	const char *kind, *at = f->kindless.at;
-	size_t n;
-	int items;
+	size_t n = f->kindless.len;
+	int items, bad = 0;
 
-	json_take(&f->head, &f->split);
-	kind = from_list(&f->head);
+	json_take(j, &f->split);
+	kind = from_list(j);
 	if (!kind && f->split.size > MAX_OBJECT)
-		f->head.flaw = "is longer than 2 MiB";
-	items = json_get(&f->head, 0, "items");
-	if (!kind || items < 0 || f->list != f->split.n_lists)
+		j->flaw = "is longer than 2 MiB";
+	items = json_get(j, 0, "items");
+	if (!kind || items < 0 || f->list != f->split.n_lists) {
 		from_forget(f);
+		n = 0;
+	}
 	f->list = 0;
 	if (!kind)
-		return from_object(f, &f->head, "");
-	if (f->head.flaw || (items >= 0 && !json_is(&f->head, items, JSMN_ARRAY)))
-		return fail("%sList: %s", kind,
-			    f->head.flaw ? f->head.flaw : "items must be an array");
+		return from_object(f, j, "");
+	if (j->flaw || (items >= 0 && !json_is(j, items, JSMN_ARRAY)))
+		return fail("%sList: %s", kind, j->flaw ? j->flaw : "items must be an array");
 	if (f->flaw[0])
 		return fail("%s", f->flaw);
-	n = f->kindless.len;
-	while (n && split_feed(&again, &at, &n) == SPLIT_ITEM)
-		if (json_take(&f->item, &again) || from_object(f, &f->item, kind)) {
-			split_free(&again);
-			return -1;
-		}
+	while (n && !bad && split_feed(&again, &at, &n) == SPLIT_ITEM)
+		bad = json_take(&f->item, &again) || from_object(f, &f->item, kind);
 	split_free(&again);
-	return 0;
-}
-
-static int from_bytes(struct from *f, const char *at, size_t n)
-{
-	enum split_got got;
-	int bad = 0;
-
-	while (!bad && (got = split_feed(&f->split, &at, &n)) != SPLIT_MORE) {
-		f->n_seen++;
-		if (got == SPLIT_ITEM) {
-			from_item(f);
-		} else {
-			bad = got == SPLIT_BAD ? -1 : from_head(f);
-			f->kindless.len = 0;
-			f->before = f->n;
-		}
-	}
-	return bad;
+	return -bad;
 }
 
 static int from_stream(struct from *f, FILE *in)
 {
 	char bytes[16384];
+	enum split_got got;
 	bool first = true;
 	size_t n;
 
-	while ((n = fread(bytes, 1, sizeof(bytes), in)) > 0) {
+	for (; (n = fread(bytes, 1, sizeof(bytes), in)) > 0; first = false) {
 		size_t mark = first && n >= 3 && !memcmp(bytes, "\xef\xbb\xbf", 3) ? 3 : 0;
+		const char *at = bytes + mark;
 
-		first = false;
-		if (from_bytes(f, bytes + mark, n - mark))
-			return -1;
+		n -= mark;
+		while ((got = split_feed(&f->split, &at, &n)) != SPLIT_MORE) {
+			f->n_seen++;
+			if (got == SPLIT_ITEM) {
+				from_item(f);
+				continue;
+			}
+			if (got == SPLIT_BAD || from_head(f))
+				return -1;
+			f->kindless.len = 0;
+			f->before = f->got.len;
+		}
 	}
 	if (ferror(in))
 		return fail("%s", strerror(errno));
@@ -3761,42 +3557,40 @@ static int from_read(struct model *m, const char *file)
 
 	if (in && in != stdin)
 		fclose(in);
-	for (enum kind k = 0; k < N_KINDS && !got; k++)
+	for (enum kind k = 0; k < N_READ && !got; k++)
 		model_mark(m, k);
-	for (size_t i = 0; i < f.n; i++) {
-		if (!got)
-			model_store(m, &f.got[i]);
-		object_free(&f.got[i]);
-	}
-	for (enum kind k = 0; k < N_KINDS && !got; k++)
+	from_give(&f, 0, !got);
+	for (enum kind k = 0; k < N_READ && !got; k++)
 		model_sweep(m, k);
-	free(f.got);
 	free(f.head.tok);
 	free(f.item.tok);
+	buf_free(&f.got);
 	buf_free(&f.kindless);
 	split_free(&f.split);
 	return got ? fail("%s: %s", strcmp(file, "-") ? file : "stdin", why) : 0;
 }
 /* === maps (entries into the datapath) =====================================
- * What a service has in the maps is remembered as a list of elements, a map and
- * a key each, sorted. To program it anew: write all its elements, what is
- * pointed at before what points; then drop those of the old list that the new
- * one lacks. A set of backends is named by a hash of its contents, so it never
- * changes, and the switch from one to the next is the write of one svc_map
- * value. Sets stay for a moment after the last service let go of them: a packet
- * may be looking at them. */
-enum element_map { IN_NODE_TEXT, IN_TEXT, IN_NET, IN_SET, IN_SVC, IN_ADDRESS };
+ * What a service has in the maps is remembered as a sorted list of elements, a map
+ * and a key each. To program it anew: write all its elements, what is pointed at
+ * before what points; then drop those of the old list that the new one lacks. A set
+ * of backends is named by a hash of its contents, so it never changes, and the switch
+ * from one to the next is the write of one svc_map value. */
+enum map { TEXT_MAP, NET_MAP, SET_MAP, SVC_MAP, CT_MAP, STAT_MAP, AGENT_MAP, N_MAPS };
 
-#define KEY_MOST  28	  /* bytes of the longest key below */
-#define SET_GRACE 1000 /* ms; the datapath holds on to a set for microseconds */
+static const char *const map_names[N_MAPS] = { "text_map", "net_map",  "set_map",  "svc_map",
+					       "ct_map",   "stat_map", "agent_map" };
+
+#define KEY_MOST    28	  /* bytes of the longest key below */
+#define SET_GRACE   1000  /* ms; the datapath holds on to a set for microseconds */
+#define WRITE_AGAIN 30000 /* ms until what a map did not take is tried again */
 
 struct element {
 	uint8_t map, zero[3];
 	union {
 		char bytes[KEY_MOST];  /* first: an initializer zeroes all of it */
-		struct tl_svc_key svc; /* IN_SVC, IN_ADDRESS */
+		struct tl_svc_key svc; /* port 0: an address */
 		struct tl_set_key set;
-		struct tl_text_key text; /* IN_TEXT, IN_NODE_TEXT */
+		struct tl_text_key text;
 		struct tl_net_key net;
 	};
 } __attribute__((packed, aligned(4))); /* compared as bytes */
@@ -3806,43 +3600,36 @@ _Static_assert(sizeof(struct tl_net_key) == KEY_MOST, "the longest key");
 /* struct service's `programmed`. */
 struct programmed {
 	uint64_t udp; /* a hash of what its UDP flows may be bound to */
-	uint64_t n;
+	uint32_t n;
+	bool failed; /* a map did not take all of it */
 	struct element at[];
 };
 
-/* How many services an address is written for. Names of nodes are here as well, not
- * in the services' lists: there are few, and they stay until the next start. */
+/* How many hold an element: services an address, backends the name of their node.
+ * Those names are not in the services' lists, and stay until the next start: they are few. */
 struct shared {
 	struct link link;
 	struct element element;
-	uint32_t refs;
+	uint64_t holders;
+};
+
+/* A set that its service let go of: a packet may still be looking at it. */
+struct dying {
+	struct tl_set_key set; /* 0: it lives again */
+	int64_t at;
 };
 
 /* Descriptors of the pinned maps, and what is remembered of their contents. */
 static struct maps {
-	int svc, set, text, net, ct, aff, frag, stat, agent;
+	int fd[N_MAPS];
 	struct table shared;
-	struct buf dying; /* elements of set_map and text_map that nothing points at any more */
-	int64_t reap_at;  /* when they go; INT64_MAX: there are none */
+	struct buf dying; /* struct dying, in the order of their ends */
+	struct buf ranges; /* elements of net_map that are no service's; sorted */
+	int64_t again_at; /* when services that `failed` are written again; INT64_MAX: none did */
 	struct buf udp;	  /* uint64_t: what maps_flush_udp may keep, see udp_mark */
 	bool udp_changed;
 	bool adopted; /* the first sync is done: nothing unknown is left in the maps */
-} maps = { .reap_at = INT64_MAX };
-
-static int element_fd(const struct maps *m, enum element_map map)
-{
-	switch (map) {
-	case IN_NODE_TEXT:
-	case IN_TEXT:
-		return m->text;
-	case IN_NET:
-		return m->net;
-	case IN_SET:
-		return m->set;
-	default:
-		return m->svc;
-	}
-}
+} maps = { .again_at = INT64_MAX };
 
 static int element_order(const void *a, const void *b)
 {
@@ -3854,77 +3641,76 @@ static bool element_in(const struct element *e, const struct element *at, size_t
 	return n && bsearch(e, at, n, sizeof(*e), element_order);
 }
 
-static struct shared *shared_find(struct maps *m, const struct element *e)
+/* Elements as a set: sorted, each once. */
+static size_t elements_sort(struct element *at, size_t n)
+{
+	size_t kept = 0;
+
+	if (n)
+		qsort(at, n, sizeof(*at), element_order);
+	for (size_t i = 0; i < n; i++)
+		if (!i || element_order(&at[i], &at[kept - 1]))
+			at[kept++] = at[i];
+	return kept;
+}
+
+/* One holder more or less; how many there are now. */
+static uint64_t shared_count(struct maps *m, const struct element *e, int by)
 {
 	uint64_t hash = hash64(0, e, sizeof(*e));
 	struct shared *s = NULL;
 
 	while ((s = (struct shared *)table_next(&m->shared, (struct link *)s, hash)))
-		if (!memcmp(&s->element, e, sizeof(*e)))
+		if (!element_order(&s->element, e))
 			break;
-	return s;
-}
-
-static void shared_hold(struct maps *m, const struct element *e)
-{
-	struct shared *s = shared_find(m, e);
-
 	if (!s) {
 		s = mem(NULL, sizeof(*s));
-		s->element = *e;
-		s->refs = 0;
-		table_add(&m->shared, &s->link, hash64(0, e, sizeof(*e)));
+		*s = (struct shared){ .element = *e };
+		table_add(&m->shared, &s->link, hash);
 	}
-	s->refs++;
-}
-
-/* True: that was the last one. */
-static bool shared_release(struct maps *m, const struct element *e)
-{
-	struct shared *s = shared_find(m, e);
-
-	if (!s || --s->refs)
-		return false;
+	if (s->holders += by)
+		return s->holders;
 	table_remove(&m->shared, &s->link);
 	free(s);
-	return true;
+	return 0;
 }
 
 /* --- writing one service --------------------------------------------------- */
-/* What is being put together for a service: elements to remember; and whether
- * all of it could be written. */
 struct writing {
 	struct maps *maps;
 	const struct programmed *old;
-	struct buf elements;
-	const char *ns, *name;
-	bool failed;
+	const struct entry *entry; /* at hand */
+	struct buf elements;	   /* to remember */
+	bool failed; /* nothing more is written: it could point at what is not there */
 };
 
-/* Writes an element, unless it is there already and can only say the same.
- * Afterwards it is alive, even if it was dying. */
-static void write_element(struct writing *w, struct element *e, const void *value, bool constant)
+/* Writes an element, unless it is there already and can only say the same. */
+static void write_element(struct writing *w, const struct element *e, const void *value,
+			  bool constant)
 {
-	bool there = w->old && element_in(e, w->old->at, w->old->n);
-	struct element *dying = (struct element *)w->maps->dying.at;
+	struct maps *m = w->maps;
+	bool there = constant && w->old && element_in(e, w->old->at, w->old->n);
+	struct dying *d = (struct dying *)m->dying.at;
 
-	buf_add(&w->elements, e, sizeof(*e));
-	for (size_t i = 0; i < w->maps->dying.len / sizeof(*e); i++)
-		if (!memcmp(&dying[i], e, sizeof(*e)))
-			dying[i] = dying[w->maps->dying.len / sizeof(*e) - 1], w->maps->dying.len -= sizeof(*e);
-	if ((there && constant) || w->failed)
-		return;
-	if (bpf_map_update_elem(element_fd(w->maps, e->map), e->bytes, value, BPF_ANY)) {
+	for (size_t i = 0; e->map == SET_MAP && i < m->dying.len / sizeof(*d); i++)
+		if (!memcmp(&d[i].set, &e->set, sizeof(e->set)))
+			d[i].set.set = 0;
+	if (!there && !w->failed && bpf_map_update_elem(m->fd[e->map], e->bytes, value, BPF_ANY)) {
 		w->failed = true;
-		warn("service %s/%s is not served as it should be: a map did not take it: %s", w->ns, w->name,
-		     errno == E2BIG ? "it is full" : strerror(errno));
+		if (!w->old || !w->old->failed)
+			warn("service %s/%s is not served as it should be: %s did not take it "
+			     "(%s); it is tried again from time to time",
+			     w->entry->ns, w->entry->name, map_names[e->map],
+			     errno == E2BIG ? "it is full" : strerror(errno));
 	}
+	if (there || !w->failed)
+		buf_add(&w->elements, e, sizeof(*e));
 }
 
 /* A text in pieces; returns its number. */
-static uint64_t write_text(struct writing *w, enum element_map map, const char *text, size_t n)
+static uint64_t write_text(struct writing *w, const char *text, size_t n, bool shared)
 {
-	struct element e = { .map = map };
+	struct element e = { .map = TEXT_MAP };
 
 	if (!n)
 		return 0;
@@ -3934,29 +3720,22 @@ static uint64_t write_text(struct writing *w, enum element_map map, const char *
 
 		memcpy(piece.at, text + at, n - at < TL_TEXT ? n - at : TL_TEXT);
 		e.text.piece = at / TL_TEXT;
-		if (map == IN_TEXT) {
+		if (!shared)
 			write_element(w, &e, &piece, true);
-		} else if (!shared_find(w->maps, &e)) {
-			shared_hold(w->maps, &e);
-			bpf_map_update_elem(w->maps->text, e.bytes, &piece, BPF_ANY);
-		}
+		else if (shared_count(w->maps, &e, 1) == 1)
+			bpf_map_update_elem(w->maps->fd[TEXT_MAP], e.bytes, &piece, BPF_ANY);
 	}
 	return e.text.text;
 }
 
-/* The part of a backend that every node agrees on. */
-static uint64_t backend_seed(const struct in6_addr *addr, uint16_t port)
+static void put_backend(struct writing *w, struct tl_backend *to, const struct backend *b,
+			uint32_t index)
 {
-	uint64_t seed = hash64(port, addr, sizeof(*addr));
+	uint64_t seed = hash64(b->port, &b->addr, sizeof(b->addr)); /* every node agrees on it */
 
-	return seed ? seed : 1; /* 0 means none */
-}
-
-static void put_backend(struct writing *w, struct tl_backend *to, const struct backend *b, uint32_t index)
-{
 	*to = (struct tl_backend){
-		.seed = backend_seed(&b->addr, b->port),
-		.node = write_text(w, IN_NODE_TEXT, b->node, strlen(b->node)),
+		.seed = seed ? seed : 1, /* 0 means none */
+		.node = write_text(w, b->node, strlen(b->node), true),
 		.port = htons(b->port),
 		.flags = b->local ? TL_BACKEND_LOCAL : 0,
 		.index = index,
@@ -3966,71 +3745,65 @@ static void put_backend(struct writing *w, struct tl_backend *to, const struct b
 
 /* Writes the backends of an entry, at most TL_MAX_BACKENDS; the set's number is
  * of the service port and scope as well, so that no other entry has the same. */
-static void write_set(struct writing *w, const struct entry *entry, struct tl_svc *svc)
+static void write_set(struct writing *w, struct tl_svc *svc)
 {
-	uint32_t n = entry->n_backends < TL_MAX_BACKENDS ? entry->n_backends : TL_MAX_BACKENDS;
-	struct element e = { .map = IN_SET };
+	const struct entry *entry = w->entry;
+	uint32_t all = entry->n_backends, n = all < TL_MAX_BACKENDS ? all : TL_MAX_BACKENDS;
+	struct element e = { .map = SET_MAP };
 	struct tl_chunk chunk;
 
-	if (n != (uint32_t)entry->n_backends)
-		warn("service %s/%s has %d backends, more than the %u that are looked through: the rest gets nothing",
-		     entry->ns, entry->name, entry->n_backends, n);
+	if (n != all)
+		warn("service %s/%s has %u backends, more than the %u that are looked through: "
+		     "the rest gets nothing",
+		     entry->ns, entry->name, all, n);
 	svc->n_backends = n;
 	svc->set = hash64(svc->name, &entry->scope, sizeof(entry->scope));
-	for (uint32_t i = 0; i < n; i++) {
-		const struct backend *b = &entry->backends[i];
-
-		svc->set = hash64(svc->set ^ b->port ^ (uint64_t)b->local << 32, &b->addr, sizeof(b->addr));
+	for (const struct backend *b = entry->backends; b < entry->backends + n; b++) {
+		svc->set ^= b->port ^ (uint64_t)b->local << 32;
+		svc->set = hash64(svc->set, &b->addr, sizeof(b->addr));
 		svc->set = hash64(svc->set, b->node, strlen(b->node));
 	}
 	e.set.set = svc->set;
-	for (uint32_t c = 0; c * TL_CHUNK < n; c++) {
-		for (uint32_t i = 0; i < TL_CHUNK; i++) { /* filled up with its first, see choose() */
-			uint32_t index = c * TL_CHUNK + i < n ? c * TL_CHUNK + i : c * TL_CHUNK;
+	for (uint32_t from = 0; from < n; from += TL_CHUNK) {
+		for (uint32_t i = 0; i < TL_CHUNK; i++) {
+			uint32_t index = from + i < n ? from + i : from; /* see choose() */
 
 			put_backend(w, &chunk.at[i], &entry->backends[index], index);
 		}
-		e.set.chunk = c;
+		e.set.chunk = from / TL_CHUNK;
 		write_element(w, &e, &chunk, true);
 	}
 }
 
-static void write_sources(struct writing *w, const struct entry *entry, uint64_t name)
+static void write_sources(struct writing *w, uint64_t name)
 {
-	struct element e = { .map = IN_NET };
+	struct element e = { .map = NET_MAP, .net.scope = { name, name >> 32 } };
 	uint32_t one = 1;
 
-	for (int i = 0; i < entry->n_sources; i++) {
-		e.net.prefixlen = 64 + entry->sources[i].bits;
-		e.net.scope[0] = name;
-		e.net.scope[1] = name >> 32;
-		memcpy(&e.net.addr, &entry->sources[i].addr, sizeof(e.net.addr));
+	for (int i = 0; i < w->entry->n_sources; i++) {
+		const struct cidr *c = &w->entry->sources[i];
+
+		e.net.prefixlen = 64 + c->bits;
+		memcpy(&e.net.addr, &c->addr, sizeof(e.net.addr));
 		write_element(w, &e, &one, true);
 	}
 }
 
-static void write_frontends(struct writing *w, const struct entry *entry, const struct tl_svc *svc)
+static void write_frontends(struct writing *w, const struct tl_svc *svc)
 {
-	struct tl_svc address = { 0 };
+	struct tl_svc none = { 0 };
 
-	for (int i = 0; i < entry->n_frontends; i++) {
-		struct element e = { .map = IN_SVC };
+	for (int i = 0; i < w->entry->n_frontends; i++) {
+		const struct frontend *f = &w->entry->frontends[i];
+		struct element e = { .map = SVC_MAP };
 
-		memcpy(&e.svc.addr, &entry->frontends[i].addr, sizeof(e.svc.addr));
-		e.svc.port = htons(entry->frontends[i].port);
-		e.svc.proto = entry->proto;
+		memcpy(&e.svc.addr, &f->addr, sizeof(e.svc.addr));
+		e.svc.port = htons(f->port);
+		e.svc.proto = w->entry->proto;
 		write_element(w, &e, svc, false);
-		e.map = IN_ADDRESS;
-		e.svc.port = 0;
-		e.svc.proto = 0;
-		write_element(w, &e, &address, true);
+		e.svc.port = e.svc.proto = 0;
+		write_element(w, &e, &none, true);
 	}
-}
-
-/* Bounded by what objects may be called (MAX_NAME, MAX_PORTNAME). */
-static size_t entry_text(const struct entry *e, char text[600])
-{
-	return snprintf(text, 600, "%s/%s/%s/%d", e->ns, e->name, e->port, e->proto);
 }
 
 /* UDP flows may stay if service port, frontend and backend are among these
@@ -4040,17 +3813,18 @@ static uint64_t udp_mark(uint64_t name, char what, const struct in6_addr *addr, 
 	return hash64(name ^ (uint64_t)what << 24 ^ port, addr, sizeof(*addr));
 }
 
-static uint64_t entry_udp(struct maps *m, const struct entry *e, uint64_t name)
+static uint64_t entry_udp(struct buf *marks, const struct entry *e, uint64_t name)
 {
 	uint64_t sum = 0, mark;
 
+	buf_add(marks, &name, sizeof(name));
 	for (int i = 0; i < e->n_frontends + e->n_serving; i++) {
-		bool front = i < e->n_frontends;
+		const struct frontend *f = &e->frontends[i];
 		const struct backend *b = &e->serving[i - e->n_frontends];
 
-		mark = front ? udp_mark(name, 'F', &e->frontends[i].addr, e->frontends[i].port) :
-			       udp_mark(name, 'B', &b->addr, b->port);
-		buf_add(&m->udp, &mark, sizeof(mark));
+		mark = i < e->n_frontends ? udp_mark(name, 'F', &f->addr, f->port) :
+					    udp_mark(name, 'B', &b->addr, b->port);
+		buf_add(marks, &mark, sizeof(mark));
 		sum += mark;
 	}
 	return sum;
@@ -4058,84 +3832,78 @@ static uint64_t entry_udp(struct maps *m, const struct entry *e, uint64_t name)
 
 static void write_entry(struct writing *w, const struct entry *entry, struct programmed *new)
 {
-	char text[600];
+	char text[600]; /* bounded by what objects may be called (MAX_NAME, MAX_PORTNAME) */
+	int n = snprintf(text, sizeof(text), "%s/%s/%s/%d", entry->ns, entry->name, entry->port,
+			 entry->proto);
 	struct tl_svc svc = {
 		.affinity = entry->affinity,
 		.flags = entry->scope | (entry->drop_if_empty ? TL_SVC_DROP_IF_EMPTY : 0) |
-			 (entry->n_sources ? TL_SVC_SOURCES : 0),
+			(entry->n_sources ? TL_SVC_SOURCES : 0),
 	};
 
-	svc.name = write_text(w, IN_TEXT, text, entry_text(entry, text));
-	write_sources(w, entry, svc.name);
-	write_set(w, entry, &svc);
-	write_frontends(w, entry, &svc);
-	if (entry->proto == IPPROTO_UDP) {
-		new->udp += entry_udp(w->maps, entry, svc.name);
-		buf_add(&w->maps->udp, &svc.name, sizeof(svc.name));
-	}
+	w->entry = entry;
+	svc.name = write_text(w, text, n, false);
+	write_sources(w, svc.name);
+	write_set(w, &svc);
+	write_frontends(w, &svc);
+	if (entry->proto == IPPROTO_UDP)
+		new->udp += entry_udp(&w->maps->udp, entry, svc.name);
 }
 
-/* An element that the service no longer has goes, now or soon: a frontend only
+/* An element that the service no longer has goes: a set soon, a frontend only
  * if it is still this service's, an address with its last holder. */
 static void drop_element(struct maps *m, const struct element *e, const struct programmed *old)
 {
-	struct element name = { .map = IN_TEXT };
+	struct dying d = { .set = e->set, .at = now_ms() + SET_GRACE };
+	struct element name = { .map = TEXT_MAP };
 	struct tl_svc svc;
 
-	if (e->map == IN_SVC) {
-		if (bpf_map_lookup_elem(m->svc, e->bytes, &svc))
+	if (e->map == SET_MAP) {
+		buf_add(&m->dying, &d, sizeof(d));
+		return;
+	}
+	if (e->map == SVC_MAP && e->svc.port) {
+		if (bpf_map_lookup_elem(m->fd[SVC_MAP], e->bytes, &svc))
 			return;
 		name.text.text = svc.name;
 		if (!element_in(&name, old->at, old->n))
 			return; /* another service has taken it over */
-	}
-	if (e->map == IN_ADDRESS && !shared_release(m, e))
-		return;
-	if (e->map == IN_SET || e->map == IN_TEXT) {
-		buf_add(&m->dying, e, sizeof(*e));
-		m->reap_at = now_ms() + SET_GRACE;
+	} else if (e->map == SVC_MAP && shared_count(m, e, -1)) {
 		return;
 	}
-	bpf_map_delete_elem(element_fd(m, e->map), e->bytes);
+	bpf_map_delete_elem(m->fd[e->map], e->bytes);
 }
 
-/* Elements as a set: sorted, each once. */
-static size_t elements_sort(struct element *at, size_t n)
-{
-	size_t kept = 0;
-
-	qsort(at, n, sizeof(*at), element_order);
-	for (size_t i = 0; i < n; i++)
-		if (!i || element_order(&at[i], &at[kept - 1]))
-			at[kept++] = at[i];
-	return kept;
-}
-
-/* Brings the maps to what `entries` say of the service, and `*memory` (its
- * `programmed`) with it. */
-static void maps_put(struct maps *m, void **memory, const char *ns, const char *name,
-		     const struct entry *entries, int n)
+/* Brings the maps to what `entries` say of a service, and `*memory` (its
+ * `programmed`) with it. What could not be written leaves the old in force. */
+static void maps_put(struct maps *m, void **memory, const struct entry *entries, int n)
 {
 	struct programmed *old = *memory, *new, header = { 0 };
-	struct writing w = { .maps = m, .old = old, .ns = ns, .name = name };
+	struct writing w = { .maps = m, .old = old };
 
 	buf_add(&w.elements, &header, sizeof(header));
 	for (int i = 0; i < n; i++)
 		write_entry(&w, &entries[i], &header);
+	if (w.failed)
+		m->again_at = now_ms() + WRITE_AGAIN;
+	if (w.failed && old)
+		buf_add(&w.elements, old->at, old->n * sizeof(*old->at));
+	header.failed = w.failed;
 	new = (struct programmed *)w.elements.at;
-	new->udp = header.udp;
-	new->n = elements_sort(new->at, (w.elements.len - sizeof(header)) / sizeof(*new->at));
-	new = mem(new, sizeof(*new) + new->n * sizeof(*new->at));
-	for (uint64_t i = 0; i < new->n; i++)
-		if (new->at[i].map == IN_ADDRESS && !(old && element_in(&new->at[i], old->at, old->n)))
-			shared_hold(m, &new->at[i]);
-	for (uint64_t i = old ? old->n : 0; i-- > 0;) /* from the last map to the first: pointers first */
+	header.n = elements_sort(new->at, (w.elements.len - sizeof(header)) / sizeof(*new->at));
+	new = mem(new, sizeof(header) + header.n * sizeof(*new->at));
+	*new = header;
+	for (uint32_t i = 0; i < new->n; i++)
+		if (new->at[i].map == SVC_MAP && !new->at[i].svc.port &&
+		    !(old && element_in(&new->at[i], old->at, old->n)))
+			shared_count(m, &new->at[i], 1);
+	for (uint32_t i = old ? old->n : 0; i-- > 0;) /* from the last map: pointers first */
 		if (!element_in(&old->at[i], new->at, new->n))
 			drop_element(m, &old->at[i], old);
-	if (old && old->udp != new->udp) { /* names of service ports that are gone count as looked at */
+	if (old && old->udp != new->udp) { /* names of service ports that are gone count too */
 		m->udp_changed = true;
-		for (uint64_t i = 0; i < old->n; i++)
-			if (old->at[i].map == IN_TEXT)
+		for (uint32_t i = 0; i < old->n; i++)
+			if (old->at[i].map == TEXT_MAP)
 				buf_add(&m->udp, &old->at[i].text.text, sizeof(uint64_t));
 	}
 	free(old);
@@ -4144,15 +3912,59 @@ static void maps_put(struct maps *m, void **memory, const char *ns, const char *
 		free(new);
 }
 
-/* Deletes the elements nothing has pointed at for a while. */
-static void maps_reap(struct maps *m)
+/* Brings net_map to these ranges (rule 16), under scope 0. */
+static void maps_put_ranges(struct maps *m, const struct cidr *range, size_t n)
 {
-	struct element *e = (struct element *)m->dying.at;
+	struct buf new = { 0 };
+	uint32_t one = 1;
 
-	for (size_t i = 0; i < m->dying.len / sizeof(*e); i++)
-		bpf_map_delete_elem(element_fd(m, e[i].map), e[i].bytes);
-	buf_free(&m->dying);
-	m->reap_at = INT64_MAX;
+	for (; n--; range++) {
+		struct element e = { .map = NET_MAP, .net.prefixlen = 64 + range->bits };
+
+		memcpy(&e.net.addr, &range->addr, sizeof(e.net.addr));
+		if (bpf_map_update_elem(m->fd[NET_MAP], e.bytes, &one, BPF_ANY))
+			warn("net_map did not take a range of services: %s", strerror(errno));
+		buf_add(&new, &e, sizeof(e));
+	}
+	n = new.len ? elements_sort((struct element *)new.at, new.len / sizeof(struct element)) : 0;
+	new.len = n * sizeof(struct element);
+	for (size_t i = 0; i < m->ranges.len; i += sizeof(struct element)) {
+		const struct element *old = (struct element *)(m->ranges.at + i);
+
+		if (!element_in(old, (struct element *)new.at, n))
+			bpf_map_delete_elem(m->fd[NET_MAP], old->bytes);
+	}
+	buf_free(&m->ranges);
+	m->ranges = new;
+}
+
+/* When maps_tick is to be called. */
+static int64_t maps_deadline(const struct maps *m)
+{
+	const struct dying *first = (struct dying *)m->dying.at;
+
+	return m->dying.len && first->at < m->again_at ? first->at : m->again_at;
+}
+
+/* Deletes sets nothing has pointed at for a while; then there may be room for what
+ * failed: that becomes dirty. */
+static void maps_tick(struct maps *m, struct model *model, int64_t now)
+{
+	const struct dying *d = (struct dying *)m->dying.at;
+	size_t n = 0;
+
+	for (; n < m->dying.len / sizeof(*d) && d[n].at <= now; n++)
+		bpf_map_delete_elem(m->fd[SET_MAP], &d[n].set);
+	buf_drop(&m->dying, n * sizeof(*d));
+	if (m->again_at == INT64_MAX || (!n && now < m->again_at))
+		return;
+	m->again_at = INT64_MAX;
+	TABLE_EACH (&model->services, l) {
+		struct service *s = (struct service *)l;
+
+		if (s->programmed && ((struct programmed *)s->programmed)->failed)
+			model_dirty(model, s);
+	}
 }
 
 /* --- flows ----------------------------------------------------------------- */
@@ -4165,27 +3977,28 @@ static int number_order(const void *a, const void *b)
 
 static bool number_in(const struct buf *numbers, uint64_t number)
 {
-	return numbers->len && bsearch(&number, numbers->at, numbers->len / sizeof(number), sizeof(number),
-				       number_order);
+	size_t n = numbers->len / sizeof(number);
+
+	return n && bsearch(&number, numbers->at, n, sizeof(number), number_order);
 }
 
+typedef void flow_fn(void *arg, const struct tl_tuple *, const struct tl_flow *);
+
 /* Calls `each` for all flows, many at a time; false: ct_map could not be read. */
-static bool flows_walk(int fd, void (*each)(void *arg, const struct tl_tuple *, const struct tl_flow *),
-		       void *arg)
+static bool flows_walk(int fd, flow_fn *each, void *arg)
 {
 	enum { AT_ONCE = 1024 };
 	struct tl_tuple *keys = mem(NULL, AT_ONCE * sizeof(*keys));
 	struct tl_flow *flows = mem(NULL, AT_ONCE * sizeof(*flows));
-	uint64_t batch = 0;
-	bool more = true, begun = false, good = true;
+	uint64_t batch, *after = NULL;
+	bool more = true, good = true;
 
 	while (more) {
 		uint32_t n = AT_ONCE;
-		int r = bpf_map_lookup_batch(fd, begun ? &batch : NULL, &batch, keys, flows, &n, NULL);
 
-		more = !r;
-		good = !r || errno == ENOENT;
-		begun = true;
+		more = !bpf_map_lookup_batch(fd, after, &batch, keys, flows, &n, NULL);
+		good = more || errno == ENOENT;
+		after = &batch;
 		for (uint32_t i = 0; i < n && good; i++)
 			each(arg, &keys[i], &flows[i]);
 	}
@@ -4208,7 +4021,7 @@ static void flow_flush(void *arg, const struct tl_tuple *t, const struct tl_flow
 	memcpy(&back, request ? &f->dst : &t->src, sizeof(back));
 	if (!number_in(&m->udp, udp_mark(f->name, 'F', &front, front_port)) ||
 	    !number_in(&m->udp, udp_mark(f->name, 'B', &back, back_port)))
-		bpf_map_delete_elem(m->ct, t);
+		bpf_map_delete_elem(m->fd[CT_MAP], t);
 }
 
 /* After a sync: UDP flows go whose frontend or backend does (rule 17); a client
@@ -4217,7 +4030,7 @@ static void maps_flush_udp(struct maps *m)
 {
 	if (m->udp_changed || !m->adopted) {
 		qsort(m->udp.at, m->udp.len / sizeof(uint64_t), sizeof(uint64_t), number_order);
-		if (!flows_walk(m->ct, flow_flush, m))
+		if (!flows_walk(m->fd[CT_MAP], flow_flush, m))
 			warn("ct_map could not be read (%s): UDP flows of lost backends may linger",
 			     strerror(errno));
 	}
@@ -4227,38 +4040,16 @@ static void maps_flush_udp(struct maps *m)
 
 /* --- adopting what an earlier run left ------------------------------------- */
 /* Deletes from a map what no service has; `known` is sorted. */
-static void map_sweep(struct maps *m, enum element_map map, const struct element *known, size_t n)
+static void map_sweep(struct maps *m, enum map map, const struct element *known, size_t n)
 {
-	int fd = element_fd(m, map);
-	struct element e = { 0 }, next = { 0 };
-	bool more = !bpf_map_get_next_key(fd, NULL, next.bytes);
+	struct element e, next = { .map = map };
+	bool more = !bpf_map_get_next_key(m->fd[map], NULL, next.bytes);
 
 	while (more) {
 		e = next;
-		more = !bpf_map_get_next_key(fd, e.bytes, next.bytes);
-		e.map = map;
-		if (map == IN_SVC && !e.svc.port)
-			e.map = IN_ADDRESS;
-		if (element_in(&e, known, n) ||
-		    (map == IN_TEXT && (e.map = IN_NODE_TEXT, element_in(&e, known, n))))
-			continue;
-		bpf_map_delete_elem(fd, e.bytes);
-	}
-}
-
-/* Ranges that are ours whatever stands in them (rule 16): an address of theirs that no
- * service has is dropped. */
-static void write_ranges(struct maps *m, struct buf *known)
-{
-	uint32_t one = 1;
-
-	for (int i = opt.has_vip_range ? -1 : 0; i < opt.n_maps; i++) {
-		const struct cidr *range = i < 0 ? &opt.vip_range : &opt.maps[i].from;
-		struct element e = { .map = IN_NET, .net.prefixlen = 64 + range->bits };
-
-		memcpy(&e.net.addr, &range->addr, sizeof(e.net.addr));
-		bpf_map_update_elem(m->net, e.bytes, &one, BPF_ANY);
-		buf_add(known, &e, sizeof(e));
+		more = !bpf_map_get_next_key(m->fd[map], e.bytes, next.bytes);
+		if (!element_in(&e, known, n))
+			bpf_map_delete_elem(m->fd[map], e.bytes);
 	}
 }
 
@@ -4266,22 +4057,23 @@ static void write_ranges(struct maps *m, struct buf *known)
 static void maps_adopt(struct maps *m, struct table *services)
 {
 	struct buf known = { 0 };
+	struct element *at;
 	size_t n;
 
-	TABLE_EACH(services, l) {
+	TABLE_EACH (services, l) {
 		struct programmed *p = ((struct service *)l)->programmed;
 
 		if (p)
 			buf_add(&known, p->at, p->n * sizeof(*p->at));
 	}
-	TABLE_EACH(&m->shared, l)
+	TABLE_EACH (&m->shared, l)
 		buf_add(&known, &((struct shared *)l)->element, sizeof(struct element));
-	write_ranges(m, &known);
-	n = known.len ? elements_sort((struct element *)known.at, known.len / sizeof(struct element)) : 0;
-	map_sweep(m, IN_SVC, (struct element *)known.at, n);
-	map_sweep(m, IN_NET, (struct element *)known.at, n);
-	map_sweep(m, IN_SET, (struct element *)known.at, n);
-	map_sweep(m, IN_TEXT, (struct element *)known.at, n);
+	if (m->ranges.len)
+		buf_add(&known, m->ranges.at, m->ranges.len);
+	at = (struct element *)known.at;
+	n = elements_sort(at, known.len / sizeof(*at));
+	for (enum map map = TEXT_MAP; map <= SVC_MAP; map++)
+		map_sweep(m, map, at, n);
 	buf_free(&known);
 }
 
@@ -4296,10 +4088,17 @@ static bool maps_sync(struct maps *m, struct model *model)
 	model_settle(model);
 	while ((s = model_next_dirty(model))) {
 		resolve_service(model, s, &r);
-		maps_put(m, &s->programmed, s->ns, s->name, r.entries, r.n);
+		maps_put(m, &s->programmed, r.entries, r.n);
 		changed = true;
 		if (s->gone)
 			model_forget(model, s);
+	}
+	if (model->ranges_changed) {
+		struct buf ranges = model_ranges(model);
+
+		maps_put_ranges(m, (struct cidr *)ranges.at, ranges.len / sizeof(struct cidr));
+		buf_free(&ranges);
+		changed = true;
 	}
 	if (changed || !m->adopted)
 		maps_flush_udp(m);
@@ -4318,32 +4117,62 @@ struct link_news {
 	char name[IF_NAMESIZE];
 };
 
-/* A socket that hears of links; -1 with why. */
-static int netlink_open(void)
+/* A socket that hears of links, if `groups` says so; -1 with why. */
+static int netlink_open(unsigned groups)
 {
-	struct sockaddr_nl me = { .nl_family = AF_NETLINK, .nl_groups = RTMGRP_LINK };
+	struct sockaddr_nl me = { .nl_family = AF_NETLINK, .nl_groups = groups };
 	int fd = socket(AF_NETLINK, SOCK_RAW | SOCK_NONBLOCK | SOCK_CLOEXEC, NETLINK_ROUTE);
 
 	if (fd >= 0 && !bind(fd, (struct sockaddr *)&me, sizeof(me)))
 		return fd;
-	fail("cannot ask the kernel for interfaces: netlink: %s", strerror(errno));
-	if (fd >= 0)
-		close(fd);
-	return -1;
+	close(fd);
+	return fail("cannot ask the kernel for interfaces: netlink: %s", strerror(errno));
 }
 
-/* Asks for all links; they come like news. */
-static void netlink_ask(int fd)
+/* Asks for all links, or all filters of an interface; links come like news. */
+static void netlink_ask(int fd, int type, int ifindex, uint32_t parent)
 {
 	struct {
 		struct nlmsghdr h;
-		struct ifinfomsg i;
-	} ask = { .h = { .nlmsg_len = sizeof(ask),
-			 .nlmsg_type = RTM_GETLINK,
-			 .nlmsg_flags = NLM_F_REQUEST | NLM_F_DUMP } };
+		struct tcmsg t; /* a struct ifinfomsg, and four bytes more */
+	} ask = { .t = { .tcm_ifindex = ifindex, .tcm_parent = parent } };
 
-	if (send(fd, &ask, sizeof(ask), 0) < 0)
+	ask.h.nlmsg_len = sizeof(ask) - (type == RTM_GETLINK ? 4 : 0);
+	ask.h.nlmsg_type = type;
+	ask.h.nlmsg_flags = NLM_F_REQUEST | NLM_F_DUMP;
+	if (send(fd, &ask, ask.h.nlmsg_len, 0) < 0)
 		warn("netlink: %s", strerror(errno));
+}
+
+/* Reads what is there and calls `on` for each message; true: the end of a dump
+ * was among it. Lost messages are asked for again. */
+static bool netlink_read(int fd, void (*on)(void *arg, const struct nlmsghdr *), void *arg)
+{
+	_Alignas(struct nlmsghdr) char room[16384];
+	bool done = false;
+	ssize_t n;
+
+	while ((n = recv(fd, room, sizeof(room), 0)) > 0 || (n < 0 && errno == ENOBUFS)) {
+		if (n < 0)
+			netlink_ask(fd, RTM_GETLINK, 0, 0);
+		for (struct nlmsghdr *h = (struct nlmsghdr *)room; n > 0 && NLMSG_OK(h, n);
+		     h = NLMSG_NEXT(h, n)) {
+			done |= h->nlmsg_type == NLMSG_DONE || h->nlmsg_type == NLMSG_ERROR;
+			on(arg, h);
+		}
+	}
+	return done;
+}
+
+/* The same until the end of a dump; false: it did not come. */
+static bool netlink_wait(int fd, void (*on)(void *arg, const struct nlmsghdr *), void *arg)
+{
+	struct pollfd p = { .fd = fd, .events = POLLIN };
+
+	while (poll(&p, 1, 5000) > 0)
+		if (netlink_read(fd, on, arg))
+			return true;
+	return false;
 }
 
 static bool link_read(const struct nlmsghdr *h, struct link_news *news)
@@ -4351,7 +4180,8 @@ static bool link_read(const struct nlmsghdr *h, struct link_news *news)
 	const struct ifinfomsg *i = NLMSG_DATA(h);
 	int left = IFLA_PAYLOAD(h);
 
-	if ((h->nlmsg_type != RTM_NEWLINK && h->nlmsg_type != RTM_DELLINK) || i->ifi_family != AF_UNSPEC)
+	if ((h->nlmsg_type != RTM_NEWLINK && h->nlmsg_type != RTM_DELLINK) ||
+	    i->ifi_family != AF_UNSPEC)
 		return false;
 	*news = (struct link_news){ .ifindex = i->ifi_index,
 				    .gone = h->nlmsg_type == RTM_DELLINK,
@@ -4362,33 +4192,12 @@ static bool link_read(const struct nlmsghdr *h, struct link_news *news)
 	return true;
 }
 
-/* Reads what is there and calls `on` for each link; true: the end of a dump
- * was among it. Lost messages are asked for again. */
-static bool netlink_read(int fd, void (*on)(void *arg, const struct link_news *), void *arg)
-{
-	_Alignas(struct nlmsghdr) char room[16384];
-	struct link_news news;
-	bool done = false;
-	ssize_t n;
-
-	while ((n = recv(fd, room, sizeof(room), 0)) > 0 || (n < 0 && errno == ENOBUFS)) {
-		if (n < 0) {
-			netlink_ask(fd);
-			continue;
-		}
-		for (struct nlmsghdr *h = (struct nlmsghdr *)room; NLMSG_OK(h, n); h = NLMSG_NEXT(h, n)) {
-			done |= h->nlmsg_type == NLMSG_DONE;
-			if (link_read(h, &news))
-				on(arg, &news);
-		}
-	}
-	return done;
-}
 /* === doors (programs on interfaces) =======================================
  * Everything we leave in the kernel hangs on files in the pin directory:
  *   svc_map, ct_map, ...      the maps
- *   from_IFINDEX, to_IFINDEX  the doors of an interface: a tcx link each, or where
- *                             there is no tcx the program, attached by cls_bpf
+ *   to_IFINDEX, from_IFINDEX  the doors of an interface, in the order in which they are
+ *                             made: a tcx link each, or where there is no tcx the
+ *                             program, attached by cls_bpf
  *   clsact_IFINDEX            we made this interface's clsact qdisc (any map, for
  *                             a file to exist)
  * so whoever comes after us, also after kill -9, knows what is ours. */
@@ -4401,12 +4210,11 @@ static bool netlink_read(int fd, void (*on)(void *arg, const struct link_news *)
 #define ARPHRD_NONE  0xfffe
 #endif
 
-static char *pin_path(char path[PATH_MAX], const char *word, int ifindex)
+static const char *pin_path(const char *word, int ifindex)
 {
-	if (ifindex)
-		snprintf(path, PATH_MAX, "%s/%s_%d", opt.pin_dir, word, ifindex);
-	else
-		snprintf(path, PATH_MAX, "%s/%s", opt.pin_dir, word);
+	static char path[PATH_MAX];
+
+	snprintf(path, sizeof(path), ifindex ? "%s/%s_%d" : "%s/%s", opt.pin_dir, word, ifindex);
 	return path;
 }
 
@@ -4417,26 +4225,32 @@ static bool is_bpffs(const char *path)
 	return !statfs(path, &fs) && (unsigned long)fs.f_type == BPF_FS_MAGIC;
 }
 
+static int pin_dir_fd(void)
+{
+	return open(opt.pin_dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+}
+
 /* The pin directory, made if it is not there; a descriptor or -1 with why. */
 static int pin_dir_open(void)
 {
-	char parent[PATH_MAX];
-	char *slash;
+	char parent[PATH_MAX], *slash;
+	int fd;
 
 	snprintf(parent, sizeof(parent), "%s", opt.pin_dir);
 	slash = strrchr(parent, '/');
 	if (slash && slash != parent)
 		*slash = 0;
 	if (!is_bpffs(parent) && !strcmp(parent, BPFFS) && mount(MOUNT_NAME, BPFFS, "bpf", 0, NULL))
-		return fail("no bpffs at %s and it cannot be mounted: %s; mount -t bpf bpf %s, or name another "
-			    "by --pin-dir", BPFFS, strerror(errno), BPFFS);
+		return fail("no bpffs at %s and it cannot be mounted: %s; mount -t bpf bpf %s, or "
+			    "name another by --pin-dir",
+			    BPFFS, strerror(errno), BPFFS);
 	if (!is_bpffs(parent))
-		return fail("%s is not in a bpffs: --pin-dir must name a directory below one, such as %s/tail_lifter",
+		return fail("%s is not in a bpffs: --pin-dir must name a directory below one, such "
+			    "as %s/tail_lifter",
 			    opt.pin_dir, BPFFS);
 	if (mkdir(opt.pin_dir, 0700) && errno != EEXIST)
 		return fail("cannot make %s: %s; run as root", opt.pin_dir, strerror(errno));
-	int fd = open(opt.pin_dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-
+	fd = pin_dir_fd();
 	return fd >= 0 ? fd : fail("cannot open %s: %s", opt.pin_dir, strerror(errno));
 }
 
@@ -4449,55 +4263,82 @@ static bool pin_dir_locked(int fd)
 /* Takes it. Whoever only looks (above) holds it for a moment, so more than once. */
 static bool pin_dir_lock(int fd)
 {
-	for (int tries = 0; tries < 20; tries++) {
+	for (int tries = 0; tries < 20; tries++, usleep(10000))
 		if (!flock(fd, LOCK_EX | LOCK_NB))
 			return true;
-		usleep(10000);
-	}
 	return false;
+}
+
+/* Whose lock it is: a pid as we see it, from the kernel, for what an agent says of
+ * itself means nothing outside its container; 0: none that we can see. */
+static int pin_dir_holder(int fd)
+{
+	FILE *f = fopen("/proc/locks", "re");
+	char line[256];
+	unsigned major_of, minor_of;
+	unsigned long inode;
+	struct stat s;
+	int pid, holder = 0;
+
+	while (f && !holder && !fstat(fd, &s) && fgets(line, sizeof(line), f))
+		if (sscanf(line, "%*s FLOCK %*s WRITE %d %x:%x:%lu", &pid, &major_of, &minor_of,
+			   &inode) == 4 &&
+		    makedev(major_of, minor_of) == s.st_dev && inode == s.st_ino)
+			holder = pid;
+	if (f)
+		fclose(f);
+	return holder;
+}
+
+static const char *agent_where(int pid)
+{
+	static char text[32];
+
+	snprintf(text, sizeof(text), "pid %d", pid);
+	return pid ? text : "in another container or pid namespace";
 }
 
 static int pinned(const char *word, int ifindex)
 {
-	char path[PATH_MAX];
-
-	return bpf_obj_get(pin_path(path, word, ifindex));
+	return bpf_obj_get(pin_path(word, ifindex));
 }
 
 static void unpin(const char *word, int ifindex)
 {
-	char path[PATH_MAX];
-
-	unlink(pin_path(path, word, ifindex));
+	unlink(pin_path(word, ifindex));
 }
 
+/* In place of what had the name, in one step. */
 static int pin(int fd, const char *word, int ifindex)
 {
-	char path[PATH_MAX];
+	char new[PATH_MAX];
 
-	unlink(pin_path(path, word, ifindex));
-	return bpf_obj_pin(fd, path) ? fail("cannot pin %s: %s", path, strerror(errno)) : 0;
+	snprintf(new, sizeof(new), "%s", pin_path("new", 0));
+	unlink(new);
+	if (!bpf_obj_pin(fd, new) && !rename(new, pin_path(word, ifindex)))
+		return 0;
+	return fail("cannot pin %s: %s", pin_path(word, ifindex), strerror(errno));
 }
 
-/* A pinned door is a link (tcx) or a program (cls_bpf). */
+/* A pinned door is a link (tcx) or a program (cls_bpf), whose info begins with
+ * BPF_PROG_TYPE_SCHED_CLS there. */
 static bool is_tcx_link(int fd, struct bpf_link_info *info)
 {
 	uint32_t len = sizeof(*info);
-	char self[64], what[64] = "";
 
-	snprintf(self, sizeof(self), "/proc/self/fd/%d", fd);
-	if (readlink(self, what, sizeof(what) - 1) < 0 || strcmp(what, "anon_inode:bpf-link"))
-		return false;
 	memset(info, 0, sizeof(*info));
-	return !bpf_link_get_info_by_fd(fd, info, &len) && info->type == BPF_LINK_TYPE_TCX;
+	return !bpf_obj_get_info_by_fd(fd, info, &len) && info->type == BPF_LINK_TYPE_TCX;
 }
 
 static struct bpf_tc_hook tc_hook(int ifindex, enum bpf_tc_attach_point point)
 {
-	return (struct bpf_tc_hook){ .sz = sizeof(struct bpf_tc_hook), .ifindex = ifindex, .attach_point = point };
+	return (struct bpf_tc_hook){ .sz = sizeof(struct bpf_tc_hook),
+				     .ifindex = ifindex,
+				     .attach_point = point };
 }
 
-/* By cls_bpf, where there is no tcx. Replaces a filter of ours in one step. */
+/* By cls_bpf, where there is no tcx. Replaces a filter of ours in one step; its file
+ * comes first, so that no crash leaves a filter without one. */
 static int door_attach_tc(int prog, const char *word, int ifindex, bool in)
 {
 	struct bpf_tc_hook hook = tc_hook(ifindex, in ? BPF_TC_INGRESS : BPF_TC_EGRESS);
@@ -4506,32 +4347,27 @@ static int door_attach_tc(int prog, const char *word, int ifindex, bool in)
 	int r = bpf_tc_hook_create(&hook);
 
 	if (r && r != -EEXIST)
-		return fail("cannot make a clsact qdisc: %s; the kernel needs sch_ingress", strerror(-r));
-	if (!r && pin(maps.stat, "clsact", ifindex))
+		return fail("cannot make a clsact qdisc: %s; the kernel needs sch_ingress",
+			    strerror(-r));
+	if ((!r && pin(maps.fd[STAT_MAP], "clsact", ifindex)) || pin(prog, word, ifindex))
 		return -1;
 	r = bpf_tc_attach(&hook, &o);
-	if (r)
-		return fail("cannot attach by cls_bpf: %s; the kernel needs cls_bpf", strerror(-r));
-	return pin(prog, word, ifindex);
+	return r ? fail("cannot attach by cls_bpf: %s; the kernel needs cls_bpf", strerror(-r)) : 0;
 }
 
 /* Puts `prog` behind a door; one of an earlier run is taken over in one step, so
  * no packet goes by unseen. 0, or -1 with why. */
-static int door_attach(int prog, const char *word, int ifindex, bool in)
+static int door_attach(const struct bpf_program *program, const char *word, int ifindex, bool in)
 {
 	struct bpf_link_info info;
-	int old = pinned(word, ifindex), r;
-	bool ours;
+	int old = pinned(word, ifindex), prog = bpf_program__fd(program), link, r = -1;
 
-	if (old >= 0) {
-		ours = is_tcx_link(old, &info) && info.tcx.ifindex == (uint32_t)ifindex &&
-		       !bpf_link_update(old, prog, NULL);
-		close(old);
-		if (ours)
-			return 0;
-	}
-	int link = bpf_link_create(prog, ifindex, in ? BPF_TCX_INGRESS : BPF_TCX_EGRESS, NULL);
-
+	if (old >= 0 && is_tcx_link(old, &info) && info.tcx.ifindex == (uint32_t)ifindex)
+		r = bpf_link_update(old, prog, NULL);
+	close(old);
+	if (!r)
+		return 0;
+	link = bpf_link_create(prog, ifindex, in ? BPF_TCX_INGRESS : BPF_TCX_EGRESS, NULL);
 	if (link < 0)
 		return errno == EINVAL ? door_attach_tc(prog, word, ifindex, in) :
 					 fail("cannot attach by tcx: %s", strerror(errno));
@@ -4540,91 +4376,84 @@ static int door_attach(int prog, const char *word, int ifindex, bool in)
 	return r;
 }
 
-/* How many filters others have at an interface's clsact qdisc; -1: unknown. */
-static int tc_filters(int ifindex, uint32_t parent)
+static void on_filter(void *count, const struct nlmsghdr *h)
 {
-	struct {
-		struct nlmsghdr h;
-		struct tcmsg t;
-	} ask = { .h = { .nlmsg_len = sizeof(ask),
-			 .nlmsg_type = RTM_GETTFILTER,
-			 .nlmsg_flags = NLM_F_REQUEST | NLM_F_DUMP },
-		  .t = { .tcm_ifindex = ifindex, .tcm_parent = parent } };
-	_Alignas(struct nlmsghdr) char room[16384];
-	int fd = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_ROUTE), count = 0;
-	ssize_t n = fd < 0 ? -1 : send(fd, &ask, sizeof(ask), 0);
+	*(int *)count += h->nlmsg_type == RTM_NEWTFILTER || h->nlmsg_type == NLMSG_ERROR;
+}
 
-	while (n > 0 && (n = recv(fd, room, sizeof(room), 0)) > 0)
-		for (struct nlmsghdr *h = (struct nlmsghdr *)room; NLMSG_OK(h, n); h = NLMSG_NEXT(h, n)) {
-			if (h->nlmsg_type == NLMSG_DONE || h->nlmsg_type == NLMSG_ERROR) {
-				close(fd);
-				return h->nlmsg_type == NLMSG_DONE ? count : -1;
-			}
-			count += h->nlmsg_type == RTM_NEWTFILTER;
-		}
-	if (fd >= 0)
-		close(fd);
-	return -1;
+/* Has an interface's clsact qdisc filters, of others? True also if that is not known. */
+static bool has_filters(int ifindex)
+{
+	static const uint32_t sides[] = { TC_H_MIN_INGRESS, TC_H_MIN_EGRESS };
+	int fd = netlink_open(0), count = fd < 0;
+
+	for (int i = 0; i < 2 && !count; i++) {
+		netlink_ask(fd, RTM_GETTFILTER, ifindex, TC_H_MAKE(TC_H_CLSACT, sides[i]));
+		if (!netlink_wait(fd, on_filter, &count))
+			count = 1;
+	}
+	close(fd);
+	return count;
 }
 
 /* Takes our filters away, and the qdisc if we made it and nobody uses it now. */
 static void doors_detach_tc(int ifindex)
 {
-	struct bpf_tc_hook hook = tc_hook(ifindex, BPF_TC_INGRESS);
-	int made = pinned("clsact", ifindex);
+	static const enum bpf_tc_attach_point points[] = { BPF_TC_INGRESS, BPF_TC_EGRESS };
+	struct bpf_tc_hook hook = tc_hook(ifindex, BPF_TC_INGRESS | BPF_TC_EGRESS);
 
-	for (int in = 0; in < 2; in++) {
+	for (int i = 0; i < 2; i++) {
+		struct bpf_tc_hook side = tc_hook(ifindex, points[i]);
 		DECLARE_LIBBPF_OPTS(bpf_tc_opts, o, .handle = TC_HANDLE, .priority = TC_PRIORITY);
 
-		hook.attach_point = in ? BPF_TC_INGRESS : BPF_TC_EGRESS;
-		bpf_tc_detach(&hook, &o);
+		bpf_tc_detach(&side, &o);
 	}
-	if (made < 0)
-		return;
-	close(made);
-	if (tc_filters(ifindex, TC_H_MAKE(TC_H_CLSACT, TC_H_MIN_INGRESS)) ||
-	    tc_filters(ifindex, TC_H_MAKE(TC_H_CLSACT, TC_H_MIN_EGRESS)))
-		return;
-	hook.attach_point = BPF_TC_INGRESS | BPF_TC_EGRESS;
-	bpf_tc_hook_destroy(&hook);
+	if (!access(pin_path("clsact", ifindex), F_OK) && !has_filters(ifindex))
+		bpf_tc_hook_destroy(&hook);
 }
 
 /* Leaves an interface as it was before us; also one that is no longer there. */
 static void doors_detach(int ifindex)
 {
 	struct bpf_link_info info;
-	int fd = pinned("from", ifindex);
-	bool tcx = fd >= 0 && is_tcx_link(fd, &info);
+	int fd = pinned("to", ifindex);
 
-	if (fd >= 0)
-		close(fd);
-	if (fd >= 0 && !tcx && if_indextoname(ifindex, (char[IF_NAMESIZE]){ 0 }))
+	if (fd >= 0 && !is_tcx_link(fd, &info) && if_indextoname(ifindex, (char[IF_NAMESIZE]){ 0 }))
 		doors_detach_tc(ifindex);
+	close(fd);
+	unpin("clsact", ifindex);
 	unpin("from", ifindex); /* a link goes with its last holder */
 	unpin("to", ifindex);
-	unpin("clsact", ifindex);
 }
 
-/* The interfaces whose doors are pinned: up to `most` of them, in order. */
-static int doors_list(int *ifindex, int most)
+/* The name of the next file in a directory, NULL: that was all, and it is closed. */
+static const char *dir_next(DIR *dir)
 {
-	DIR *dir = opendir(opt.pin_dir);
 	struct dirent *d;
-	int n = 0;
 
-	while (dir && n < most && (d = readdir(dir)))
-		if (sscanf(d->d_name, "from_%d", &ifindex[n]) == 1)
-			n++;
+	while (dir && (d = readdir(dir)))
+		if (d->d_name[0] != '.')
+			return d->d_name;
 	if (dir)
 		closedir(dir);
-	for (int i = 1; i < n; i++) /* a handful */
-		for (int k = i; k > 0 && ifindex[k] < ifindex[k - 1]; k--) {
-			int swap = ifindex[k];
+	return NULL;
+}
 
-			ifindex[k] = ifindex[k - 1];
-			ifindex[k - 1] = swap;
-		}
-	return n;
+/* The interfaces whose doors are pinned, in order; to be freed. */
+static uint64_t *doors_list(size_t *n)
+{
+	DIR *dir = opendir(opt.pin_dir);
+	struct buf list = { 0 };
+	const char *name;
+	uint64_t ifindex;
+
+	while ((name = dir_next(dir)))
+		if (sscanf(name, "to_%" SCNu64, &ifindex) == 1)
+			buf_add(&list, &ifindex, sizeof(ifindex));
+	*n = list.len / sizeof(ifindex);
+	if (*n)
+		qsort(list.at, *n, sizeof(ifindex), number_order);
+	return (uint64_t *)list.at;
 }
 
 /* --- the object: programs and maps ------------------------------------------ */
@@ -4643,14 +4472,12 @@ static int on_libbpf(enum libbpf_print_level level, const char *fmt, va_list ap)
 }
 
 /* Is the pinned map what this program was built for? */
-static bool map_fits(int fd, const struct bpf_map *map)
+static bool map_fits(const struct bpf_map_info *i, const struct bpf_map *map)
 {
-	struct bpf_map_info info = { 0 };
-	uint32_t len = sizeof(info);
-
-	return !bpf_map_get_info_by_fd(fd, &info, &len) && info.type == bpf_map__type(map) &&
-	       info.key_size == bpf_map__key_size(map) && info.value_size == bpf_map__value_size(map) &&
-	       info.max_entries == bpf_map__max_entries(map) && info.map_flags == bpf_map__map_flags(map);
+	return i->type == bpf_map__type(map) && i->key_size == bpf_map__key_size(map) &&
+		i->value_size == bpf_map__value_size(map) &&
+		i->map_flags == bpf_map__map_flags(map) &&
+		i->max_entries == bpf_map__max_entries(map);
 }
 
 static bool map_is_pinned(const struct bpf_map *map)
@@ -4658,84 +4485,56 @@ static bool map_is_pinned(const struct bpf_map *map)
 	return !bpf_map__is_internal(map) && strcmp(bpf_map__name(map), "packet_map");
 }
 
-struct flow_copy {
-	int to;
-	uint32_t n;
-};
-
-static void flow_copy(void *arg, const struct tl_tuple *t, const struct tl_flow *f)
+static void flow_copy(void *to, const struct tl_tuple *t, const struct tl_flow *f)
 {
-	struct flow_copy *copy = arg;
-
-	copy->n += !bpf_map_update_elem(copy->to, t, f, BPF_NOEXIST);
+	bpf_map_update_elem(*(int *)to, t, f, BPF_NOEXIST);
 }
 
 /* Puts the maps of an earlier run into the object, where they still fit. One
  * that does not is replaced: what the agent writes it writes again, and flows
- * are carried over if only --flows changed. */
+ * are carried over if only --flows changed: out of *old_flows, else that is -1. */
 static int maps_reuse(int *old_flows)
 {
-	struct bpf_map_info info = { 0 };
-	uint32_t len = sizeof(info);
 	struct bpf_map *map;
 
 	*old_flows = -1;
-	bpf_object__for_each_map(map, bpf->obj) {
+	bpf_object__for_each_map (map, bpf->obj) {
+		struct bpf_map_info info = { 0 };
+		uint32_t len = sizeof(info);
 		int fd = map_is_pinned(map) ? pinned(bpf_map__name(map), 0) : -1;
 
-		if (fd < 0)
+		if (fd < 0 || bpf_map_get_info_by_fd(fd, &info, &len))
 			continue;
-		if (map_fits(fd, map)) {
-			if (bpf_map__reuse_fd(map, fd))
-				return fail("cannot adopt %s: %s", bpf_map__name(map), strerror(errno));
-		} else if (map == bpf->maps.ct_map && !bpf_map_get_info_by_fd(fd, &info, &len) &&
-			   info.key_size == sizeof(struct tl_tuple) &&
-			   info.value_size == sizeof(struct tl_flow)) {
+		if (map_fits(&info, map) && bpf_map__reuse_fd(map, fd))
+			return fail("cannot adopt %s: %s", bpf_map__name(map), strerror(errno));
+		if (!map_fits(&info, map) && map == bpf->maps.ct_map &&
+		    info.key_size == sizeof(struct tl_tuple) &&
+		    info.value_size == sizeof(struct tl_flow))
 			*old_flows = fd;
-			continue;
-		}
-		close(fd);
+		else
+			close(fd);
 	}
 	return 0;
 }
 
-/* Files of the maps that are new. From the old ones flows move over first. */
-static int maps_pin(int old_flows)
+/* Files of the maps. From an old one flows move over first. */
+static int maps_pin(struct maps *m, int old_flows)
 {
-	struct flow_copy copy = { .to = bpf_map__fd(bpf->maps.ct_map) };
 	struct bpf_map *map;
 
-	if (old_flows >= 0 && flows_walk(old_flows, flow_copy, &copy))
-		note("ct_map has a new size: %u of its entries were carried over", copy.n);
-	bpf_object__for_each_map(map, bpf->obj) {
-		int fd = map_is_pinned(map) ? pinned(bpf_map__name(map), 0) : -1;
-		bool fits = fd >= 0 && map_fits(fd, map);
-
-		if (fd >= 0)
-			close(fd);
-		if (map_is_pinned(map) && !fits && pin(bpf_map__fd(map), bpf_map__name(map), 0))
+	if (old_flows >= 0 && flows_walk(old_flows, flow_copy, &m->fd[CT_MAP]))
+		note("ct_map has a new size: its flows were carried over");
+	close(old_flows);
+	bpf_object__for_each_map (map, bpf->obj)
+		if (map_is_pinned(map) && pin(bpf_map__fd(map), bpf_map__name(map), 0))
 			return -1;
-	}
 	return 0;
 }
 
-static void maps_open(struct maps *m)
-{
-	m->svc = bpf_map__fd(bpf->maps.svc_map);
-	m->set = bpf_map__fd(bpf->maps.set_map);
-	m->text = bpf_map__fd(bpf->maps.text_map);
-	m->net = bpf_map__fd(bpf->maps.net_map);
-	m->ct = bpf_map__fd(bpf->maps.ct_map);
-	m->stat = bpf_map__fd(bpf->maps.stat_map);
-	m->agent = bpf_map__fd(bpf->maps.agent_map);
-}
-
-/* Loads the programs, with the maps of an earlier run where there are any.
- * 0, or -1 with why. */
-static int datapath_load(struct maps *m)
+/* The object as it comes out of this file. 0, or -1 with why. */
+static int datapath_open(void)
 {
 	struct timespec tick;
-	int old_flows, r;
 
 	bpf = tail_lifter__open();
 	if (!bpf)
@@ -4743,26 +4542,41 @@ static int datapath_load(struct maps *m)
 	clock_getres(CLOCK_MONOTONIC_COARSE, &tick); /* one jiffy */
 	bpf->rodata->tl_hz = (1000000000 + tick.tv_nsec / 2) / tick.tv_nsec;
 	bpf_map__set_max_entries(bpf->maps.ct_map, opt.flows);
-	if (maps_reuse(&old_flows))
-		return -1;
-	r = tail_lifter__load(bpf);
-	if (r == -EPERM || r == -EACCES) {
-		if (geteuid() || loud < 2)
-			return fail("the kernel does not let us load BPF programs (%s): run as root, or with "
-				    "CAP_BPF and CAP_NET_ADMIN; -v prints what it says", strerror(-r));
-	}
-	if (r) {
-		if (loud > 1)
-			fwrite(bpf_log.at, 1, bpf_log.len, stderr);
-		return fail("this kernel does not take our BPF programs: %s; it must be 5.10 or newer with "
-			    "CONFIG_BPF_SYSCALL; -v prints its reasons", strerror(-r));
-	}
+	return 0;
+}
+
+/* Into the kernel with it. 0, or -1 with why. */
+static int datapath_verify(void)
+{
+	int r = tail_lifter__load(bpf);
+
+	if (r && loud > 1)
+		fwrite(bpf_log.at, 1, bpf_log.len, stderr);
 	buf_free(&bpf_log);
-	r = maps_pin(old_flows);
-	if (old_flows >= 0)
-		close(old_flows);
-	maps_open(m);
-	return r;
+	if (r == -EPERM || (r == -EACCES && geteuid())) /* root: the verifier */
+		return fail(
+			"the kernel does not let us load BPF programs (%s): run as root, or with "
+			"CAP_BPF and CAP_NET_ADMIN; -v prints what it says",
+			strerror(-r));
+	if (r)
+		return fail(
+			"this kernel does not take our BPF programs: %s; it must be 5.10 or newer "
+			"with CONFIG_BPF_SYSCALL; -v prints its reasons",
+			strerror(-r));
+	return 0;
+}
+
+/* Loads the programs, with the maps of an earlier run where there are any.
+ * 0, or -1 with why. */
+static int datapath_load(struct maps *m)
+{
+	int old_flows;
+
+	if (datapath_open() || maps_reuse(&old_flows) || datapath_verify())
+		return -1;
+	for (int i = 0; i < N_MAPS; i++)
+		m->fd[i] = bpf_object__find_map_fd_by_name(bpf->obj, map_names[i]);
+	return maps_pin(m, old_flows);
 }
 
 /* By its ARPHRD_ type. */
@@ -4774,21 +4588,23 @@ static bool is_ethernet(unsigned short type)
 /* Both doors of an interface; 0, or -1 with why. */
 static int doors_attach(const struct link_news *l)
 {
-	bool l2 = is_ethernet(l->type);
-	bool l3 = l->type == ARPHRD_NONE || l->type == ARPHRD_RAWIP || l->type == ARPHRD_PPP ||
-		  l->type == ARPHRD_TUNNEL || l->type == ARPHRD_TUNNEL6 || l->type == ARPHRD_IPGRE;
+	static const unsigned short bare[] = { ARPHRD_NONE,   ARPHRD_RAWIP,   ARPHRD_PPP,
+					       ARPHRD_TUNNEL, ARPHRD_TUNNEL6, ARPHRD_IPGRE };
+	bool l2 = is_ethernet(l->type), known = l2;
 	struct bpf_program *from = l2 ? bpf->progs.from_tailnet_l2 : bpf->progs.from_tailnet;
 	struct bpf_program *to = l2 ? bpf->progs.to_tailnet_l2 : bpf->progs.to_tailnet;
 
-	if (!l2 && !l3)
-		return fail("interface %s is of a kind we cannot read (ARPHRD type %d): it must carry Ethernet or "
-			    "bare IP", l->name, l->type);
-	if (door_attach(bpf_program__fd(to), "to", l->ifindex, false) ||
-	    door_attach(bpf_program__fd(from), "from", l->ifindex, true)) {
-		doors_detach(l->ifindex);
-		return fail("interface %s: %s", l->name, why);
-	}
-	return 0;
+	for (size_t i = 0; i < ARRAY_SIZE(bare); i++)
+		known |= l->type == bare[i];
+	if (!known)
+		return fail("interface %s is of a kind we cannot read (ARPHRD type %d): it must "
+			    "carry Ethernet or bare IP",
+			    l->name, l->type);
+	if (!door_attach(to, "to", l->ifindex, false) &&
+	    !door_attach(from, "from", l->ifindex, true))
+		return 0;
+	doors_detach(l->ifindex);
+	return fail("interface %s: %s", l->name, why);
 }
 /* === kubeconfig ===========================================================
  * Where the API server is and who we are: a pod's service account, or a
@@ -6030,8 +5846,8 @@ enum wake_tag { WAKE_SIGNAL, WAKE_NETLINK, WAKE_API };
 
 struct iface {
 	char name[IF_NAMESIZE];
-	int ifindex; /* 0: not there, or not ours yet */
-	char said[sizeof(why)]; /* the last failure to attach */
+	int ifindex;   /* 0: not there, or not ours yet */
+	uint64_t said; /* a hash of the last failure to attach */
 };
 
 static struct agent {
@@ -6040,6 +5856,7 @@ static struct agent {
 	struct iface iface[MAX_IFACES];
 	int n_iface;
 	int epoll_fd, signal_fd, netlink_fd;
+	int pin_fd;   /* its lock is ours as long as it is open */
 	bool attach;  /* the maps hold a state worth attaching to */
 	bool stop;    /* SIGTERM, SIGINT */
 	bool refused; /* the first state must not be programmed: why */
@@ -6048,40 +5865,39 @@ static struct agent {
 
 static void status_write(struct agent *a)
 {
+	const char *zone = a->model.places.zone;
 	uint32_t zero = 0;
 
 	snprintf(a->status.node, sizeof(a->status.node), "%s", opt.node);
-	snprintf(a->status.zone, sizeof(a->status.zone), "%s",
-		 a->model.places.zone ? a->model.places.zone : "");
-	bpf_map_update_elem(maps.agent, &zero, &a->status, BPF_ANY);
+	snprintf(a->status.zone, sizeof(a->status.zone), "%s", zone ? zone : "");
+	bpf_map_update_elem(maps.fd[AGENT_MAP], &zero, &a->status, BPF_ANY);
 }
 
 /* --- interfaces ------------------------------------------------------------- */
-static struct iface *iface_named(struct agent *a, const char *name)
+/* Ours by name, or by index if that is NULL. */
+static struct iface *iface_find(struct agent *a, const char *name, int ifindex)
 {
-	for (int i = 0; i < a->n_iface; i++)
-		if (!strcmp(a->iface[i].name, name))
-			return &a->iface[i];
-	return NULL;
-}
-
-static struct iface *iface_at(struct agent *a, int ifindex)
-{
-	for (int i = 0; i < a->n_iface; i++)
-		if (a->iface[i].ifindex == ifindex)
-			return &a->iface[i];
+	for (struct iface *i = a->iface; i < a->iface + a->n_iface; i++)
+		if (name ? !strcmp(i->name, name) : i->ifindex == ifindex)
+			return i;
 	return NULL;
 }
 
 /* News of any interface: ours come, go, and change their names. */
-static void on_link(void *arg, const struct link_news *l)
+static void on_link(void *arg, const struct nlmsghdr *h)
 {
 	struct agent *a = arg;
-	struct iface *had = iface_at(a, l->ifindex), *is = l->gone ? NULL : iface_named(a, l->name);
+	struct iface *had, *is;
+	struct link_news l;
+	uint64_t said;
 
+	if (!link_read(h, &l))
+		return;
+	had = iface_find(a, NULL, l.ifindex);
+	is = l.gone ? NULL : iface_find(a, l.name, 0);
 	if (had && had != is) {
 		note("%s is gone; waiting for it to come back", had->name);
-		doors_detach(l->ifindex);
+		doors_detach(l.ifindex);
 		had->ifindex = 0;
 	}
 	if (!is || is == had || !a->attach)
@@ -6089,33 +5905,33 @@ static void on_link(void *arg, const struct link_news *l)
 	if (is->ifindex) /* replaced by another of the same name */
 		doors_detach(is->ifindex);
 	is->ifindex = 0;
-	if (doors_attach(l)) {
-		if (strcmp(is->said, why))
-			warn("%s", why);
-		memcpy(is->said, why, sizeof(why));
+	said = is->said;
+	is->said = doors_attach(&l) ? hash64(0, why, strlen(why)) : 0;
+	if (is->said && is->said != said)
+		warn("%s", why);
+	if (is->said)
 		return;
-	}
-	is->ifindex = l->ifindex;
-	is->said[0] = 0;
+	is->ifindex = l.ifindex;
 	note("attached to %s", is->name);
 }
 
 /* Doors of an earlier run on interfaces that are gone or no longer asked for. */
 static void ifaces_tidy(struct agent *a)
 {
-	int left[64], n = doors_list(left, ARRAY_SIZE(left));
+	size_t n;
+	uint64_t *left = doors_list(&n);
 
-	for (int i = 0; i < n; i++)
-		if (!iface_at(a, left[i]))
+	for (size_t i = 0; i < n; i++)
+		if (!iface_find(a, NULL, left[i]))
 			doors_detach(left[i]);
+	free(left);
 }
 
 static void ifaces_attach(struct agent *a)
 {
-	if (a->attach)
-		return;
+	if (!a->attach)
+		netlink_ask(a->netlink_fd, RTM_GETLINK, 0, 0);
 	a->attach = true;
-	netlink_ask(a->netlink_fd);
 }
 
 /* --- sync -------------------------------------------------------------------- */
@@ -6130,21 +5946,18 @@ static bool all_synced(const struct model *m)
 /* After each round of events. The first time: may it be programmed at all? */
 static void sync_now(struct agent *a)
 {
+	bool first = !maps.adopted;
+
 	if (a->refused || !all_synced(&a->model))
 		return;
-	if (!maps.adopted && model_check(&a->model)) {
-		a->refused = true;
-		return;
-	}
-	bool first = !maps.adopted, changed = maps_sync(&maps, &a->model);
-
-	if (!changed && !first)
+	a->refused = first && model_check(&a->model);
+	if (a->refused || (!maps_sync(&maps, &a->model) && !first))
 		return;
 	a->status.synced = true;
 	a->status.changed = time(NULL);
 	status_write(a);
 	if (first)
-		note("%zu services and %zu slices from %s", a->model.services.n, a->model.slices.n,
+		note("%zu services and %zu slices from %s", a->model.n_of[SERVICES], a->model.n_of[SLICES],
 		     a->status.source);
 	ifaces_attach(a);
 }
@@ -6152,11 +5965,9 @@ static void sync_now(struct agent *a)
 /* SIGHUP: --from is read anew; a bad file changes nothing. */
 static void from_again(struct agent *a)
 {
-	if (!opt.from)
-		return;
-	if (!strcmp(opt.from, "-"))
+	if (opt.from && !strcmp(opt.from, "-"))
 		warn("stdin cannot be read again: SIGHUP does nothing");
-	else if (from_read(&a->model, opt.from))
+	else if (opt.from && from_read(&a->model, opt.from))
 		warn("%s; the last good state stays", why);
 }
 
@@ -6175,7 +5986,8 @@ static int loop_watch(struct agent *a, int fd, uint32_t tag)
 {
 	struct epoll_event e = { .events = EPOLLIN, .data.u32 = tag };
 
-	return epoll_ctl(a->epoll_fd, EPOLL_CTL_ADD, fd, &e) ? fail("epoll: %s", strerror(errno)) : 0;
+	return epoll_ctl(a->epoll_fd, EPOLL_CTL_ADD, fd, &e) ? fail("epoll: %s", strerror(errno)) :
+							       0;
 }
 
 /* The epoll, and signals in it. 0, or -1 with why. */
@@ -6191,95 +6003,76 @@ static int loop_open(struct agent *a)
 	signal(SIGPIPE, SIG_IGN);
 	a->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
 	a->signal_fd = signalfd(-1, &set, SFD_NONBLOCK | SFD_CLOEXEC);
-	if (a->epoll_fd < 0 || a->signal_fd < 0)
-		return fail("epoll: %s", strerror(errno));
 	return loop_watch(a, a->signal_fd, WAKE_SIGNAL);
 }
 
 /* Waits for something and lets it happen. */
 static void loop_round(struct agent *a)
 {
-	int64_t now = now_ms(), first = api_deadline(&a->api);
+	int64_t first = api_deadline(&a->api), wait = maps_deadline(&maps);
 	struct epoll_event e[8];
 	int n;
 
-	first = maps.reap_at < first ? maps.reap_at : first;
-	first = first - now < INT_MAX ? first - now : INT_MAX;
-	n = epoll_wait(a->epoll_fd, e, ARRAY_SIZE(e), first == INT_MAX ? -1 : first > 0 ? first : 0);
+	wait = (wait < first ? wait : first) - now_ms();
+	n = epoll_wait(a->epoll_fd, e, ARRAY_SIZE(e), wait >= INT_MAX ? -1 : wait > 0 ? wait : 0);
 	for (int i = 0; i < n; i++)
-		if (e[i].data.u32 == WAKE_SIGNAL)
+		if (e[i].data.u32 == WAKE_SIGNAL) {
 			on_signal(a);
-		else if (e[i].data.u32 == WAKE_NETLINK) {
+		} else if (e[i].data.u32 == WAKE_NETLINK) {
 			if (netlink_read(a->netlink_fd, on_link, a) && a->attach)
 				ifaces_tidy(a);
-		} else
+		} else {
 			api_ready(&a->api, &a->model, e[i].data.u32 - WAKE_API, e[i].events);
-	now = now_ms();
-	api_tick(&a->api, now);
-	if (now >= maps.reap_at)
-		maps_reap(&maps);
+		}
+	api_tick(&a->api, now_ms());
+	maps_tick(&maps, &a->model, now_ms());
 }
 
 /* Where the objects come from: a file is read at once, a server is asked from
  * now on. `once`: the first failure ends it. 0, or -1 with why. */
 static int source_open(struct agent *a, bool once)
 {
-	if (model_init(&a->model, &opt))
+	if (!opt.from && api_open(&a->api))
 		return -1;
+	snprintf(a->status.source, sizeof(a->status.source), "%s",
+		 opt.from ? opt.from : api_source(&a->api));
 	if (opt.from) {
-		snprintf(a->status.source, sizeof(a->status.source), "%s", opt.from);
 		for (int k = 0; k < N_KINDS; k++)
 			a->api.watch[k].deadline = INT64_MAX;
 		return from_read(&a->model, opt.from);
 	}
 	a->api.once = once;
-	if (api_open(&a->api))
-		return -1;
-	snprintf(a->status.source, sizeof(a->status.source), "%s", api_source(&a->api));
 	api_start(&a->api, a->epoll_fd, WAKE_API);
 	return 0;
 }
+
 /* === commands =============================================================
- * Each returns the exit code; a failure has been said. */
-static int failed(void)
+ * Each returns 0, or -1 with why, or 1 if it has said itself what is wrong. */
+static int print_out(const struct buf *out)
 {
-	warn("%s", why);
-	return 1;
+	fwrite(out->at, 1, out->len, stdout);
+	return fflush(stdout) ? fail("cannot write: %s", strerror(errno)) : 0;
 }
 
-/* Whose lock on the pin directory it is, as far as the notes there tell. */
-static int other_agent(void)
-{
-	struct tl_agent other = { 0 };
-	uint32_t zero = 0;
-	int fd = pinned("agent_map", 0);
-
-	if (fd >= 0) {
-		bpf_map_lookup_elem(fd, &zero, &other);
-		close(fd);
-	}
-	return other.pid;
-}
-
-/* Everything up to the first event. 0; or -1 with why, and a directory with
- * nothing in it does not stay. */
-static int agent_open_all(struct agent *a, int *pin_fd, bool once)
+/* Everything up to the first event. 0, or -1 with why. */
+static int agent_open(struct agent *a, bool once)
 {
 	struct tl_svc_key any;
 
-	*pin_fd = pin_dir_open();
-	if (*pin_fd < 0)
+	a->pin_fd = pin_dir_open();
+	if (a->pin_fd < 0)
 		return -1;
-	if (!pin_dir_lock(*pin_fd))
-		return fail("another tail_lifter (pid %d) is at work with %s; stop it first, or use another "
-			    "--pin-dir", other_agent(), opt.pin_dir);
+	if (!pin_dir_lock(a->pin_fd))
+		return fail("another tail_lifter (%s) is at work with %s; stop it first, or use "
+			    "another --pin-dir",
+			    agent_where(pin_dir_holder(a->pin_fd)), opt.pin_dir);
 	if (loop_open(a) || datapath_load(&maps))
 		return -1;
-	a->netlink_fd = netlink_open();
+	a->netlink_fd = netlink_open(RTMGRP_LINK);
 	if (a->netlink_fd < 0 || loop_watch(a, a->netlink_fd, WAKE_NETLINK))
 		return -1;
 	a->status.pid = getpid();
-	if (!bpf_map_get_next_key(maps.svc, NULL, &any)) /* the last good state of an earlier run */
+	if (!bpf_map_get_next_key(maps.fd[SVC_MAP], NULL, &any)) /* of an earlier run */
 		ifaces_attach(a);
 	if (source_open(a, once))
 		return -1;
@@ -6287,64 +6080,49 @@ static int agent_open_all(struct agent *a, int *pin_fd, bool once)
 	return 0;
 }
 
-static int agent_open(struct agent *a, int *pin_fd, bool once)
+/* --once: the interfaces there are have doors, or it is said why not. */
+static int ifaces_attached(struct agent *a)
 {
-	int r = agent_open_all(a, pin_fd, once);
+	int missing = 0;
 
-	if (r && *pin_fd >= 0)
-		rmdir(opt.pin_dir);
-	return r;
+	netlink_wait(a->netlink_fd, on_link, a); /* the dump that the sync asked for */
+	for (struct iface *i = a->iface; i < a->iface + a->n_iface; i++) {
+		missing += !i->ifindex;
+		if (!i->ifindex && !i->said)
+			warn("there is no interface %s: is tailscaled running? "
+			     "--iface names another",
+			     i->name);
+	}
+	ifaces_tidy(a);
+	return missing ? 1 : 0;
 }
 
-/* attach, sync, stay; the datapath stays when we go. */
-static int cmd_run(void)
+/* Attach, sync, and stay, unless `once`; the datapath stays when we go. */
+static int agent_run(struct agent *a, bool once)
 {
-	int pin_fd;
-
-	if (agent_open(&agent, &pin_fd, false))
-		return failed();
-	for (sync_now(&agent); !agent.stop && !agent.refused; sync_now(&agent))
-		loop_round(&agent);
-	api_stop(&agent.api);
-	return agent.refused ? failed() : 0;
-}
-
-static bool all_attached(const struct agent *a)
-{
-	for (int i = 0; i < a->n_iface; i++)
-		if (!a->iface[i].ifindex)
-			return false;
-	return true;
-}
-
-/* --once: attach and sync, or say why not. */
-static int cmd_once(void)
-{
-	struct agent *a = &agent;
-	int pin_fd;
-	bool told = false; /* of all interfaces there are */
-
-	if (agent_open(a, &pin_fd, true))
-		return failed();
-	for (sync_now(a); !a->stop && !a->refused && !a->api.failed && !maps.adopted; sync_now(a))
+	if (agent_open(a, once))
+		return rmdir(opt.pin_dir), -1; /* only if there is nothing in it */
+	for (sync_now(a); !a->stop && !a->refused && !a->api.failed && !(once && maps.adopted);
+	     sync_now(a))
 		loop_round(a);
 	if (a->api.failed)
 		fail("%s", a->api.failed);
-	if (a->stop)
+	else if (once && a->stop)
 		fail("stopped before the first sync was complete");
-	if (a->refused || a->api.failed || a->stop)
-		return failed();
-	fcntl(a->netlink_fd, F_SETFL, 0); /* the dump asked for by the sync: wait for its end */
-	for (struct pollfd p = { .fd = a->netlink_fd, .events = POLLIN }; !told && poll(&p, 1, 5000) > 0;) {
-		fcntl(a->netlink_fd, F_SETFL, O_NONBLOCK);
-		told = netlink_read(a->netlink_fd, on_link, a);
-	}
-	for (int i = 0; i < a->n_iface; i++)
-		if (!a->iface[i].ifindex && !a->iface[i].said[0])
-			warn("there is no interface %s: is tailscaled running? --iface names another",
-			     a->iface[i].name);
-	ifaces_tidy(a);
-	return all_attached(a) ? 0 : 1;
+	if (a->refused || (once && !maps.adopted))
+		return -1;
+	api_stop(&a->api);
+	return once ? ifaces_attached(a) : 0;
+}
+
+static int cmd_run(void)
+{
+	return agent_run(&agent, false);
+}
+
+static int cmd_once(void)
+{
+	return agent_run(&agent, true);
 }
 
 /* --dry-run: what would be programmed. */
@@ -6354,130 +6132,91 @@ static int cmd_dry_run(void)
 	struct buf out = { 0 };
 
 	if (loop_open(a) || source_open(a, true))
-		return failed();
+		return -1;
 	while (!all_synced(&a->model) && !a->api.failed && !a->stop)
 		loop_round(a);
 	if (!all_synced(&a->model))
 		fail("%s", a->api.failed ? a->api.failed : "stopped");
 	if (!all_synced(&a->model) || model_check(&a->model))
-		return failed();
+		return -1;
 	model_settle(&a->model);
 	print_dry_run(&out, &a->model, opt.json);
-	fwrite(out.at, 1, out.len, stdout);
-	return fflush(stdout) ? (fail("cannot write: %s", strerror(errno)), failed()) : 0;
+	return print_out(&out);
 }
 
 /* --- status: everything out of the pinned maps -------------------------------- */
-/* Descriptors of the pinned maps; -1 with why: there are none. */
-static int maps_find(struct maps *m)
-{
-	struct {
-		int *fd;
-		const char *name;
-	} all[] = { { &m->svc, "svc_map" }, { &m->set, "set_map" },	{ &m->text, "text_map" },
-		    { &m->net, "net_map" }, { &m->ct, "ct_map" },	{ &m->stat, "stat_map" },
-		    { &m->agent, "agent_map" } };
-
-	for (size_t i = 0; i < ARRAY_SIZE(all); i++) {
-		*all[i].fd = pinned(all[i].name, 0);
-		if (*all[i].fd < 0 && errno == ENOENT)
-			return fail("nothing of TailLifter is in %s: it was never started here, or was cleaned up",
-				    opt.pin_dir);
-		if (*all[i].fd < 0)
-			return fail("cannot read %s/%s: %s; run as root", opt.pin_dir, all[i].name, strerror(errno));
-	}
-	return 0;
-}
-
-/* A text out of its pieces; to be freed. */
-static char *text_find(const struct maps *m, uint64_t text)
+/* A text out of its pieces. */
+static struct buf text_find(const struct maps *m, uint64_t text)
 {
 	struct tl_text_key key = { .text = text };
-	struct tl_text piece;
+	struct tl_text piece = { { 0 } };
 	struct buf out = { 0 };
 
-	buf_add(&out, "", 0);
-	while (text && !bpf_map_lookup_elem(m->text, &key, &piece)) {
-		buf_add(&out, piece.at, strnlen(piece.at, sizeof(piece.at)));
-		if (!piece.at[TL_TEXT - 1])
-			break;
-		key.piece++;
-	}
-	return out.at;
+	do
+		buf_add(&out, piece.at, strnlen(piece.at, TL_TEXT));
+	while (!bpf_map_lookup_elem(m->fd[TEXT_MAP], &key, &piece) && (key.piece++, piece.at[0]));
+	return out;
 }
 
-/* One frontend, and what it belongs to. */
+/* A frontend. `text` is its entry's: NAMESPACE, NAME, PORT, PROTOCOL, family, scope, with
+ * NULs between them, so that bytes sort as CONTRACT sorts entries. */
 struct found {
+	struct buf text;
 	struct tl_svc_key key;
 	struct tl_svc svc;
-	char *text; /* NAMESPACE/NAME/PORT/PROTOCOL, cut into `entry`'s strings */
-	struct entry entry;
 };
 
-/* As CONTRACT sorts entries; frontends of one entry by address and port. */
 static int found_order(const void *x, const void *y)
 {
 	const struct found *a = x, *b = y;
-	int c = strcmp(a->entry.ns, b->entry.ns);
+	int c = memcmp(a->text.at, b->text.at,
+		       a->text.len < b->text.len ? a->text.len : b->text.len);
 
-	c = c ? c : strcmp(a->entry.name, b->entry.name);
-	c = c ? c : strcmp(a->entry.port, b->entry.port);
-	c = c ? c : strcmp(proto_name(a->entry.proto), proto_name(b->entry.proto));
-	c = c ? c : b->entry.v4 - a->entry.v4;
-	c = c ? c : (int)a->entry.scope - (int)b->entry.scope;
-	c = c ? c : memcmp(&a->key.addr, &b->key.addr, sizeof(a->key.addr));
-	return c ? c : ntohs(a->key.port) - ntohs(b->key.port);
+	return c ? c : memcmp(&a->key, &b->key, sizeof(a->key));
 }
 
-static bool same_entry(const struct found *a, const struct found *b)
+/* False: it is none, or not of the service `only`, which may be NULL. */
+static bool found_read(const struct maps *m, const struct tl_svc_key *key, const char *only,
+		       struct found *f)
 {
-	return a->svc.name == b->svc.name && a->entry.v4 == b->entry.v4 && a->entry.scope == b->entry.scope;
-}
-
-static bool found_read(const struct maps *m, const struct tl_svc_key *key, struct found *f)
-{
-	char *name, *port, *proto;
+	size_t n = only ? strlen(only) : 0;
+	bool v4 = addr_is_v4((const struct in6_addr *)&key->addr);
+	int slashes = 0;
+	char *last;
 
 	*f = (struct found){ .key = *key };
-	if (!key->port || bpf_map_lookup_elem(m->svc, key, &f->svc))
+	if (!key->port || bpf_map_lookup_elem(m->fd[SVC_MAP], key, &f->svc))
 		return false;
 	f->text = text_find(m, f->svc.name);
-	name = strchr(f->text, '/');
-	port = name ? strchr(name + 1, '/') : NULL;
-	proto = port ? strchr(port + 1, '/') : NULL;
-	if (!proto) {
-		free(f->text);
+	last = strrchr(f->text.at, '/');
+	if (!last || (only && (strncmp(f->text.at, only, n) || f->text.at[n] != '/')))
 		return false;
-	}
-	*name++ = *port++ = *proto++ = 0;
-	f->entry = (struct entry){
-		.ns = f->text, .name = name, .port = port, .proto = key->proto,
-		.v4 = addr_is_v4((const struct in6_addr *)&key->addr),
-		.scope = f->svc.flags & TL_SVC_SCOPE,
-		.drop_if_empty = f->svc.flags & TL_SVC_DROP_IF_EMPTY,
-		.affinity = f->svc.affinity,
-	};
-	return true;
+	f->text.len = last - f->text.at;
+	buf_printf(&f->text, "/%s/%d/%u", proto_name(key->proto), v4 ? 4 : 6,
+		   f->svc.flags & TL_SVC_SCOPE);
+	for (char *c = f->text.at; (c = strchr(c, '/')); slashes++)
+		*c++ = 0;
+	return slashes == 5;
 }
 
-static void entry_add_backends(const struct maps *m, const struct found *f, struct entry *e)
+static void entry_add_backends(const struct maps *m, const struct tl_svc *svc, struct entry *e)
 {
-	struct tl_set_key key = { .set = f->svc.set };
+	struct tl_set_key key = { .set = svc->set };
 	struct tl_chunk chunk;
 
-	e->backends = mem(NULL, f->svc.n_backends * sizeof(*e->backends));
-	for (uint32_t i = 0; i < f->svc.n_backends; i++) {
+	e->backends = mem(NULL, svc->n_backends * sizeof(*e->backends));
+	for (uint32_t i = 0; i < svc->n_backends; i++) {
 		const struct tl_backend *b = &chunk.at[i % TL_CHUNK];
-		struct backend *to = &e->backends[e->n_backends];
+		struct backend *to = &e->backends[i];
 
 		key.chunk = i / TL_CHUNK;
-		if (i % TL_CHUNK == 0 && bpf_map_lookup_elem(m->set, &key, &chunk))
+		if (i % TL_CHUNK == 0 && bpf_map_lookup_elem(m->fd[SET_MAP], &key, &chunk))
 			return;
+		*to = (struct backend){ .port = ntohs(b->port),
+					.local = b->flags & TL_BACKEND_LOCAL,
+					.node = text_find(m, b->node).at };
 		memcpy(&to->addr, &b->addr, sizeof(to->addr));
-		to->port = ntohs(b->port);
-		to->local = b->flags & TL_BACKEND_LOCAL;
-		to->node = text_find(m, b->node);
-		e->n_backends++;
+		e->n_backends = i + 1;
 	}
 }
 
@@ -6486,13 +6225,13 @@ static int range_order(const void *a, const void *b)
 	return memcmp(a, b, sizeof(struct cidr));
 }
 
-static void entry_add_sources(const struct maps *m, const struct found *f, struct entry *e)
+static void entry_add_sources(const struct maps *m, const struct tl_svc *svc, struct entry *e)
 {
-	uint32_t scope[2] = { f->svc.name, f->svc.name >> 32 };
+	uint32_t scope[2] = { svc->name, svc->name >> 32 };
 	struct tl_net_key key, *before = NULL;
 	struct buf out = { 0 };
 
-	for (; !bpf_map_get_next_key(m->net, before, &key); before = &key) {
+	for (; !bpf_map_get_next_key(m->fd[NET_MAP], before, &key); before = &key) {
 		struct cidr c = { .bits = key.prefixlen - 64 };
 
 		memcpy(&c.addr, &key.addr, sizeof(c.addr));
@@ -6505,42 +6244,57 @@ static void entry_add_sources(const struct maps *m, const struct found *f, struc
 		qsort(e->sources, e->n_sources, sizeof(struct cidr), range_order);
 }
 
+/* The entry of `n` frontends. */
+static struct entry entry_read(const struct maps *m, const struct found *f, int n)
+{
+	struct entry e = {
+		.ns = f->text.at,
+		.proto = f->key.proto,
+		.v4 = addr_is_v4((const struct in6_addr *)&f->key.addr),
+		.scope = f->svc.flags & TL_SVC_SCOPE,
+		.drop_if_empty = f->svc.flags & TL_SVC_DROP_IF_EMPTY,
+		.affinity = f->svc.affinity,
+		.frontends = mem(NULL, n * sizeof(*e.frontends)),
+		.n_frontends = n,
+	};
+
+	e.name = e.ns + strlen(e.ns) + 1;
+	e.port = e.name + strlen(e.name) + 1;
+	for (int i = 0; i < n; i++) {
+		memcpy(&e.frontends[i].addr, &f[i].key.addr, sizeof(e.frontends[i].addr));
+		e.frontends[i].port = ntohs(f[i].key.port);
+	}
+	entry_add_backends(m, &f->svc, &e);
+	if (f->svc.flags & TL_SVC_SOURCES)
+		entry_add_sources(m, &f->svc, &e);
+	return e;
+}
+
 /* All entries that the datapath has, sorted; only those of `only` (NAMESPACE/NAME)
  * unless that is NULL. Memory is left to the end of the process. */
 static struct entry *status_entries(const struct maps *m, const char *only, int *n)
 {
 	struct tl_svc_key key, *before = NULL;
 	struct buf found = { 0 }, out = { 0 };
-	struct found f, *at;
-	struct entry *e = NULL;
-	char name[600];
+	struct found f, *at, *end;
 
-	for (; !bpf_map_get_next_key(m->svc, before, &key); before = &key)
-		if (found_read(m, &key, &f)) {
-			snprintf(name, sizeof(name), "%s/%s", f.entry.ns, f.entry.name);
-			if (!only || !strcmp(only, name))
-				buf_add(&found, &f, sizeof(f));
-		}
+	for (; !bpf_map_get_next_key(m->fd[SVC_MAP], before, &key); before = &key)
+		if (found_read(m, &key, only, &f))
+			buf_add(&found, &f, sizeof(f));
 	at = (struct found *)found.at;
-	*n = found.len / sizeof(f);
-	if (*n)
-		qsort(at, *n, sizeof(f), found_order);
-	buf_room(&out, *n * sizeof(*e)); /* entries do not move from here on */
-	for (int i = 0; i < *n; i++) {
-		struct frontend front = { .port = ntohs(at[i].key.port) };
+	end = at + found.len / sizeof(f);
+	if (at)
+		qsort(at, end - at, sizeof(f), found_order);
+	for (int run; at < end; at += run) {
+		struct entry e;
 
-		memcpy(&front.addr, &at[i].key.addr, sizeof(front.addr));
-		if (!i || !same_entry(&at[i - 1], &at[i])) {
-			buf_add(&out, &at[i].entry, sizeof(*e));
-			e = (struct entry *)(out.at + out.len) - 1;
-			e->frontends = mem(NULL, *n * sizeof(front));
-			entry_add_backends(m, &at[i], e);
-			if (at[i].svc.flags & TL_SVC_SOURCES)
-				entry_add_sources(m, &at[i], e);
-		}
-		e->frontends[e->n_frontends++] = front;
+		for (run = 1; at + run < end && at[run].text.len == at->text.len; run++)
+			if (memcmp(at[run].text.at, at->text.at, at->text.len))
+				break;
+		e = entry_read(m, at, run);
+		buf_add(&out, &e, sizeof(e));
 	}
-	*n = out.len / sizeof(*e);
+	*n = out.len / sizeof(struct entry);
 	return (struct entry *)out.at;
 }
 
@@ -6552,92 +6306,78 @@ static const struct {
 #undef ROW
 };
 
-static uint64_t counter(const struct maps *m, uint32_t reason)
-{
-	int cpus = libbpf_num_possible_cpus();
-	uint64_t *each = mem(NULL, cpus * sizeof(*each)), sum = 0;
-
-	if (!bpf_map_lookup_elem(m->stat, &reason, each))
-		for (int i = 0; i < cpus; i++)
-			sum += each[i];
-	free(each);
-	return sum;
-}
-
-static void flow_count(void *arg, const struct tl_tuple *t, const struct tl_flow *f)
-{
-	(void)f;
-	*(uint64_t *)arg += t->dir == TL_REQUEST;
-}
-
-struct door {
-	int ifindex;
-	char name[IF_NAMESIZE];
-	const char *link, *hook;
-};
-
-static bool door_read(int ifindex, struct door *d)
-{
-	struct bpf_link_info link;
-	struct ifreq dev = { 0 };
-	int fd = pinned("from", ifindex), any;
-
-	*d = (struct door){ .ifindex = ifindex };
-	if (fd < 0 || !if_indextoname(ifindex, d->name))
-		return false;
-	d->hook = is_tcx_link(fd, &link) ? "tcx" : "clsact";
-	close(fd);
-	any = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-	memcpy(dev.ifr_name, d->name, IF_NAMESIZE);
-	if (any >= 0 && !ioctl(any, SIOCGIFHWADDR, &dev))
-		d->link = is_ethernet(dev.ifr_hwaddr.sa_family) ? "l2" : "l3";
-	else
-		d->link = "";
-	close(any);
-	return true;
-}
-
-static void print_time(struct buf *out, uint64_t seconds)
-{
-	time_t t = seconds;
-	char text[32] = "";
-
-	if (seconds)
-		strftime(text, sizeof(text), "%Y-%m-%dT%H:%M:%SZ", gmtime(&t));
-	buf_printf(out, "%s", text);
-}
-
 /* What --status shows besides the services. */
 struct overview {
 	struct tl_agent agent;
 	bool running;
+	int pid; /* as we see it, which may not be as it sees itself (agent.pid) */
 	uint64_t flows;
 	uint32_t capacity;
-	struct door doors[64];
-	int n_doors;
+	struct door {
+		char name[IF_NAMESIZE];
+		int ifindex;
+		bool l2;
+		const char *hook;
+	} * doors;
+	size_t n_doors;
+	uint64_t counters[TL_N_REASONS];
+	char changed[32];
 };
+
+static void flow_count(void *count, const struct tl_tuple *t, const struct tl_flow *f)
+{
+	(void)f;
+	*(uint64_t *)count += t->dir == TL_REQUEST;
+}
+
+/* False: there is no such interface. */
+static bool door_read(int ifindex, struct door *d)
+{
+	int fd = pinned("to", ifindex), any = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+	struct ifreq dev = { .ifr_ifindex = ifindex };
+	struct bpf_link_info link;
+	bool there = !ioctl(any, SIOCGIFNAME, &dev) && !ioctl(any, SIOCGIFHWADDR, &dev);
+
+	*d = (struct door){ .ifindex = ifindex,
+			    .l2 = is_ethernet(dev.ifr_hwaddr.sa_family),
+			    .hook = is_tcx_link(fd, &link) ? "tcx" : "clsact" };
+	memcpy(d->name, dev.ifr_name, sizeof(d->name));
+	close(any);
+	close(fd);
+	return there;
+}
 
 static void overview_read(const struct maps *m, struct overview *o)
 {
 	struct bpf_map_info info = { 0 };
-	uint32_t zero = 0, len = sizeof(info);
-	int fd = open(opt.pin_dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC), index[64];
-	int n = doors_list(index, ARRAY_SIZE(index));
+	uint32_t zero = 0, len = sizeof(info), cpus = libbpf_num_possible_cpus();
+	uint64_t *each = mem(NULL, cpus * sizeof(*each)), *ifindex;
+	int fd = pin_dir_fd();
+	time_t changed;
+	size_t n;
 
-	memset(o, 0, sizeof(*o));
-	o->running = fd >= 0 && pin_dir_locked(fd);
-	if (fd >= 0)
-		close(fd);
-	bpf_map_lookup_elem(m->agent, &zero, &o->agent);
-	bpf_map_get_info_by_fd(m->ct, &info, &len);
+	o->running = pin_dir_locked(fd);
+	o->pid = o->running ? pin_dir_holder(fd) : 0;
+	close(fd);
+	bpf_map_lookup_elem(m->fd[AGENT_MAP], &zero, &o->agent);
+	changed = o->agent.changed;
+	if (changed)
+		strftime(o->changed, sizeof(o->changed), "%Y-%m-%dT%H:%M:%SZ", gmtime(&changed));
+	bpf_map_get_info_by_fd(m->fd[CT_MAP], &info, &len);
 	o->capacity = info.max_entries;
-	flows_walk(m->ct, flow_count, &o->flows);
-	for (int i = 0; i < n; i++)
-		o->n_doors += door_read(index[i], &o->doors[o->n_doors]);
+	flows_walk(m->fd[CT_MAP], flow_count, &o->flows);
+	ifindex = doors_list(&n);
+	o->doors = mem(NULL, n * sizeof(*o->doors));
+	for (size_t i = 0; i < n; i++)
+		o->n_doors += door_read(ifindex[i], &o->doors[o->n_doors]);
+	for (uint32_t i = 0; i < TL_N_REASONS; i++)
+		if (!bpf_map_lookup_elem(m->fd[STAT_MAP], &i, each))
+			for (uint32_t cpu = 0; cpu < cpus; cpu++)
+				o->counters[i] += each[cpu];
 }
 
-static void print_status_json(struct buf *out, const struct maps *m, const struct overview *o,
-			      const struct entry *e, int n)
+static void print_status_json(struct buf *out, const struct overview *o, const struct entry *e,
+			      int n)
 {
 	buf_printf(out, "{\"node\":");
 	print_string(out, o->agent.node);
@@ -6645,45 +6385,41 @@ static void print_status_json(struct buf *out, const struct maps *m, const struc
 	print_string(out, o->agent.zone);
 	buf_printf(out, ",\"services\":[");
 	print_entries_json(out, e, n, true);
-	buf_printf(out, "],\n\"agent\":{\"running\":%s,\"pid\":%u,\"source\":", o->running ? "true" : "false",
-		   o->running ? o->agent.pid : 0);
+	buf_printf(out, "],\n\"agent\":{\"running\":%s,\"pid\":%u,\"source\":",
+		   o->running ? "true" : "false", o->running ? o->agent.pid : 0);
 	print_string(out, o->agent.source);
-	buf_printf(out, ",\"synced\":%s,\"last_change\":\"", o->agent.synced ? "true" : "false");
-	print_time(out, o->agent.changed);
-	buf_printf(out, "\"},\n\"interfaces\":[");
-	for (int i = 0; i < o->n_doors; i++)
-		buf_printf(out, "%s{\"name\":\"%s\",\"ifindex\":%d,\"link\":\"%s\",\"hook\":\"%s\"}", i ? "," : "",
-			   o->doors[i].name, o->doors[i].ifindex, o->doors[i].link, o->doors[i].hook);
-	buf_printf(out, "],\n\"flows\":{\"count\":%" PRIu64 ",\"capacity\":%u},\n\"counters\":{", o->flows,
-		   o->capacity);
+	buf_printf(out, ",\"synced\":%s,\"last_change\":\"%s\"},\n\"interfaces\":[",
+		   o->agent.synced ? "true" : "false", o->changed);
+	for (struct door *d = o->doors; d < o->doors + o->n_doors; d++)
+		buf_printf(out,
+			   "%s{\"name\":\"%s\",\"ifindex\":%d,\"link\":\"l%d\",\"hook\":\"%s\"}",
+			   d > o->doors ? "," : "", d->name, d->ifindex, d->l2 ? 2 : 3, d->hook);
+	buf_printf(out, "],\n\"flows\":{\"count\":%" PRIu64 ",\"capacity\":%u},\n\"counters\":{",
+		   o->flows, o->capacity);
 	for (int i = 0; i < TL_N_REASONS; i++)
-		buf_printf(out, "%s\"%s\":%" PRIu64, i ? "," : "", reasons[i].key, counter(m, i));
+		buf_printf(out, "%s\"%s\":%" PRIu64, i ? "," : "", reasons[i].key, o->counters[i]);
 	buf_printf(out, "}}\n");
 }
 
-static void print_status_text(struct buf *out, const struct maps *m, const struct overview *o,
-			      const struct entry *e, int n)
+static void print_status_text(struct buf *out, const struct overview *o, const struct entry *e,
+			      int n)
 {
-	buf_printf(out, "agent: %s", o->running ? "running" : "not running; the datapath works without it");
-	if (o->running)
-		buf_printf(out, ", pid %u", o->agent.pid);
-	buf_printf(out, "\n  source: %s%s\n  last change: ", o->agent.source,
-		   o->agent.synced ? "" : " (not synced yet)");
-	print_time(out, o->agent.changed);
-	buf_printf(out, "\n  node: %s%s%s\n", o->agent.node, *o->agent.zone ? ", zone " : "", o->agent.zone);
-	for (int i = 0; i < o->n_doors; i++)
-		buf_printf(out, "\ninterface: %s\n  link: %s\n  hook: %s\n", o->doors[i].name,
-			   !strcmp(o->doors[i].link, "l2") ? "Ethernet" : "bare IP", o->doors[i].hook);
+	buf_printf(out, "agent: %s%s",
+		   o->running ? "running, " : "not running; the datapath works without it",
+		   o->running ? agent_where(o->pid) : "");
+	buf_printf(out, "\n  source: %s%s\n  last change: %s\n  node: %s%s%s\n", o->agent.source,
+		   o->agent.synced ? "" : " (not synced yet)", o->changed, o->agent.node,
+		   *o->agent.zone ? ", zone " : "", o->agent.zone);
+	for (struct door *d = o->doors; d < o->doors + o->n_doors; d++)
+		buf_printf(out, "\ninterface: %s\n  link: %s\n  hook: %s\n", d->name,
+			   d->l2 ? "Ethernet" : "bare IP", d->hook);
 	if (!o->n_doors)
 		buf_printf(out, "\ninterface: (none attached)\n");
 	print_entries_text(out, e, n);
 	buf_printf(out, "\nflows: %" PRIu64 " of at most %u\n", o->flows, o->capacity / 2);
-	for (int i = 0; i < TL_N_REASONS; i++) {
-		uint64_t count = counter(m, i);
-
-		if (count)
-			buf_printf(out, "%12" PRIu64 "  %s\n", count, reasons[i].text);
-	}
+	for (int i = 0; i < TL_N_REASONS; i++)
+		if (o->counters[i])
+			buf_printf(out, "%12" PRIu64 "  %s\n", o->counters[i], reasons[i].text);
 }
 
 static int cmd_status(void)
@@ -6693,35 +6429,41 @@ static int cmd_status(void)
 	struct entry *e;
 	int n;
 
-	if (maps_find(&maps))
-		return failed();
+	for (int i = 0; i < N_MAPS; i++) {
+		maps.fd[i] = pinned(map_names[i], 0);
+		if (maps.fd[i] < 0 && errno == ENOENT)
+			return fail("nothing of TailLifter is in %s: it was never started here, "
+				    "or was cleaned up",
+				    opt.pin_dir);
+		if (maps.fd[i] < 0)
+			return fail("cannot read %s/%s: %s; run as root", opt.pin_dir, map_names[i],
+				    strerror(errno));
+	}
 	overview_read(&maps, &o);
 	e = status_entries(&maps, opt.status_of, &n);
-	if (opt.status_of && !n) {
-		fail("no service %s is served here", opt.status_of);
-		return failed();
-	}
+	if (opt.status_of && !n)
+		return fail("no service %s is served here", opt.status_of);
 	if (opt.json)
-		print_status_json(&out, &maps, &o, e, n);
+		print_status_json(&out, &o, e, n);
 	else
-		print_status_text(&out, &maps, &o, e, n);
-	fwrite(out.at, 1, out.len, stdout);
-	return fflush(stdout) ? (fail("cannot write: %s", strerror(errno)), failed()) : 0;
+		print_status_text(&out, &o, e, n);
+	return print_out(&out);
 }
 
 /* --- cleanup ------------------------------------------------------------------ */
 /* Tells a running agent to stop, and waits until it has. 0, or -1 with why. */
 static int stop_agent(int pin_fd)
 {
-	int pid = 0;
+	for (int tries = 0; pin_dir_locked(pin_fd); tries++, usleep(50000)) {
+		int pid = pin_dir_holder(pin_fd);
 
-	for (int tries = 0; pin_dir_locked(pin_fd); tries++) {
-		if (!pid && (pid = other_agent()) > 0 && kill(pid, SIGTERM) && errno != ESRCH)
+		if (!tries && pid && kill(pid, SIGTERM) && errno != ESRCH)
 			return fail("cannot stop the agent (pid %d): %s", pid, strerror(errno));
 		if (tries == 100)
-			return fail("the agent (pid %d) still runs after 5 s: stop it (kubectl delete -f "
-				    "k3s/tail-lifter.yaml, systemctl stop tail-lifter), then try again", pid);
-		usleep(50000);
+			return fail("the agent (%s) still runs after 5 s: stop it (kubectl delete "
+				    "-f k3s/tail-lifter.yaml, systemctl stop tail-lifter), then "
+				    "try again",
+				    agent_where(pid));
 	}
 	return 0;
 }
@@ -6729,102 +6471,51 @@ static int stop_agent(int pin_fd)
 /* The bpffs goes too if it was us who mounted it, and nothing else is in it. */
 static void unmount_ours(void)
 {
+	static const char start[] = MOUNT_NAME " " BPFFS " ";
 	FILE *f = fopen("/proc/self/mounts", "re");
 	char line[PATH_MAX];
+	bool ours = false;
 
-	while (f && fgets(line, sizeof(line), f))
-		if (!strncmp(line, MOUNT_NAME " " BPFFS " ", strlen(MOUNT_NAME " " BPFFS " "))) {
-			DIR *dir = opendir(BPFFS);
-			struct dirent *d;
-			bool empty = dir;
-
-			while (dir && (d = readdir(dir)))
-				empty &= d->d_name[0] == '.';
-			if (dir)
-				closedir(dir);
-			if (empty)
-				umount(BPFFS);
-			break;
-		}
+	while (f && !ours && fgets(line, sizeof(line), f))
+		ours = !strncmp(line, start, strlen(start));
 	if (f)
 		fclose(f);
+	if (ours && !dir_next(opendir(BPFFS)))
+		umount(BPFFS);
 }
 
 /* Leaves no trace. Nothing there is fine. */
 static int cmd_cleanup(void)
 {
-	int index[64], n, pin_fd = open(opt.pin_dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-	char path[PATH_MAX + 256];
-	struct dirent *d;
+	int pin_fd = pin_dir_fd();
+	const char *name;
+	uint64_t *ifindex;
+	size_t n;
 	DIR *dir;
 
 	if (pin_fd < 0 && errno == ENOENT)
 		return unmount_ours(), 0;
-	if (pin_fd < 0 || !is_bpffs(opt.pin_dir)) {
-		fail("cannot clean up %s: %s", opt.pin_dir, pin_fd < 0 ? strerror(errno) : "it is in no bpffs");
-		return failed();
-	}
+	if (pin_fd < 0 || !is_bpffs(opt.pin_dir))
+		return fail("cannot clean up %s: %s", opt.pin_dir,
+			    pin_fd < 0 ? strerror(errno) : "it is in no bpffs");
 	if (stop_agent(pin_fd))
-		return failed();
-	for (int tries = 0; tries < 8 && (n = doors_list(index, ARRAY_SIZE(index))) > 0; tries++) /* doors first */
-		for (int i = 0; i < n; i++)
-			doors_detach(index[i]);
-	dir = opendir(opt.pin_dir);
-	while (dir && (d = readdir(dir))) {
-		snprintf(path, sizeof(path), "%s/%s", opt.pin_dir, d->d_name);
-		if (d->d_name[0] != '.' && unlink(path) && errno == EPERM)
-			break;
-	}
-	if (dir)
-		closedir(dir);
+		return -1;
+	ifindex = doors_list(&n); /* doors first */
+	while (n)
+		doors_detach(ifindex[--n]);
+	for (dir = opendir(opt.pin_dir); (name = dir_next(dir));)
+		unpin(name, 0);
 	close(pin_fd);
-	if (rmdir(opt.pin_dir)) {
-		fail("cannot remove %s: %s; run as root", opt.pin_dir, strerror(errno));
-		return failed();
-	}
+	if (rmdir(opt.pin_dir))
+		return fail("cannot remove %s: %s; run as root", opt.pin_dir, strerror(errno));
 	unmount_ours();
 	return 0;
 }
-/* === options ==============================================================
- * One table: parsing, --help and the README's table come from it. */
-enum option_id {
-	OPT_IFACE, OPT_KUBECONFIG, OPT_FROM, OPT_NODE, OPT_SELECTOR, OPT_NAMESPACE, OPT_VIP_RANGE, OPT_MAP,
-	OPT_SNAT, OPT_FAST, OPT_FLOWS, OPT_ADVERTISE, OPT_METRICS, OPT_PIN_DIR, OPT_OUTPUT, OPT_VERBOSE,
-	OPT_QUIET, OPT_ONCE, OPT_STATUS, OPT_CHECK, OPT_DRY_RUN, OPT_CLEANUP, OPT_VERSION, OPT_HELP,
-};
 
-static const struct option_row {
-	char letter;
-	const char *name, *value; /* value: its name in the help, NULL: it takes none */
-	const char *env, *text;
-} options[] = {
-	[OPT_ONCE] = { 0, "once", NULL, NULL, "attach, sync once, exit; the datapath stays" },
-	[OPT_STATUS] = { 0, "status", NULL, NULL, "what is attached, services, flows, counters; of one service: --status NAMESPACE/NAME" },
-	[OPT_CHECK] = { 0, "check", NULL, NULL, "what would keep it from working here, with the remedy" },
-	[OPT_DRY_RUN] = { 0, "dry-run", NULL, NULL, "print what would be programmed" },
-	[OPT_CLEANUP] = { 0, "cleanup", NULL, NULL, "detach, unpin, leave no trace" },
-	[OPT_VERSION] = { 0, "version", NULL, NULL, "print the version" },
-	[OPT_HELP] = { 'h', "help", NULL, NULL, "print this" },
-	[OPT_IFACE] = { 'i', "iface", "NAME[,NAME]", "IFACE", "VPN interfaces (default tailscale0); need not exist yet" },
-	[OPT_KUBECONFIG] = { 0, "kubeconfig", "FILE", "KUBECONFIG", "default: in-cluster, else k3s's, RKE2's, ~/.kube/config" },
-	[OPT_FROM] = { 0, "from", "FILE", NULL, "read objects as JSON (- is stdin) instead of an API server; again on SIGHUP" },
-	[OPT_NODE] = { 0, "node", "NAME", "NODE_NAME", "own node (default: the host name)" },
-	[OPT_SELECTOR] = { 0, "selector", "SEL", NULL, "serve only services with these labels, as kubectl -l" },
-	[OPT_NAMESPACE] = { 'n', "namespace", "NS", NULL, "serve only services of this namespace; may be repeated" },
-	[OPT_VIP_RANGE] = { 0, "vip-range", "CIDR", NULL, "also give each service an address in this range" },
-	[OPT_MAP] = { 0, "map", "FROM=TO", NULL, "also serve the ClusterIPs of range TO at range FROM; may be repeated" },
-	[OPT_SNAT] = { 0, "snat", "off|auto|on", NULL, "source NAT towards backends (default off)" },
-	[OPT_FAST] = { 0, "fast", NULL, NULL, "local backends skip the host's stack" },
-	[OPT_FLOWS] = { 0, "flows", "N", NULL, "capacity of ct_map (default 65536)" },
-	[OPT_ADVERTISE] = { 0, "advertise", NULL, NULL, "keep the service CIDR among tailscaled's advertised routes" },
-	[OPT_METRICS] = { 0, "metrics", "ADDR:PORT", NULL, "serve Prometheus metrics and health there" },
-	[OPT_PIN_DIR] = { 0, "pin-dir", "DIR", NULL, "where maps are pinned (default /sys/fs/bpf/tail_lifter)" },
-	[OPT_OUTPUT] = { 'o', "output", "json", NULL, "print JSON (--status, --dry-run)" },
-	[OPT_VERBOSE] = { 'v', "verbose", NULL, NULL, "say more" },
-	[OPT_QUIET] = { 'q', "quiet", NULL, NULL, "say less" },
-};
-
-static int cmd_help(void);
+static int cmd_check(void)
+{
+	return fail("--check is not in this version");
+}
 
 static int cmd_version(void)
 {
@@ -6832,239 +6523,286 @@ static int cmd_version(void)
 	return 0;
 }
 
-static int cmd_check(void)
-{
-	fail("--check is not in this version");
-	return failed();
-}
-
-/* What the command line may ask for, besides to run. */
-static int (*const commands[])(void) = {
-	[OPT_ONCE] = cmd_once,	     [OPT_STATUS] = cmd_status,	  [OPT_CHECK] = cmd_check, [OPT_DRY_RUN] = cmd_dry_run,
-	[OPT_CLEANUP] = cmd_cleanup, [OPT_VERSION] = cmd_version, [OPT_HELP] = cmd_help,
+/* === options ==============================================================
+ * One table: parsing, --help and the README's table come from it. */
+struct option_row {
+	const char *form; /* "-x, --name VALUE" */
+	const char *text;
+	int (*take)(const struct option_row *, const char *value); /* 0, or -1 with why */
+	void *to;
+	const char *env;
+	int (*command)(void);
 };
 
-/* As in the design: commands, then options. */
-static int cmd_help(void)
+/* "name" or "name VALUE" */
+static const char *row_name(const struct option_row *o)
 {
-	printf("tail_lifter: every ClusterIP reachable from the tailnet\n\n"
-	       "usage: tail_lifter [OPTIONS]   attach, sync, stay; SIGTERM leaves the datapath working\n"
-	       "       tail_lifter COMMAND [OPTIONS]\n");
-	for (int commands_first = 1; commands_first >= 0; commands_first--) {
-		printf("\n%s:\n", commands_first ? "commands" : "options");
-		for (size_t i = 0; i < ARRAY_SIZE(options); i++) {
-			const struct option_row *o = &options[i];
-			char left[64];
-
-			if ((i < ARRAY_SIZE(commands) && commands[i]) != commands_first)
-				continue;
-			snprintf(left, sizeof(left), "%c%c%c --%s%s%s", o->letter ? '-' : ' ',
-				 o->letter ? o->letter : ' ', o->letter ? ',' : ' ', o->name, o->value ? " " : "",
-				 o->value ? o->value : "");
-			printf("  %-26s  %s%s%s%s\n", left, o->text, o->env ? "; env " : "",
-			       o->env ? o->env : "", "");
-		}
-	}
-	return fflush(stdout) ? 1 : 0;
+	return strstr(o->form, "--") + 2;
 }
 
-static int take_cidr(const char *name, const char *s, size_t n, struct cidr *c)
+/* "VALUE", or NULL: it takes none. */
+static const char *row_value(const struct option_row *o)
+{
+	const char *space = strchr(row_name(o), ' ');
+
+	return space ? space + 1 : NULL;
+}
+
+static int cmd_help(void);
+
+static int take_flag(const struct option_row *o, const char *value)
+{
+	(void)value;
+	*(bool *)o->to = true;
+	return 0;
+}
+
+static int take_loud(const struct option_row *o, const char *value)
+{
+	(void)value;
+	loud += o->form[1] == 'v' ? 1 : -1;
+	return 0;
+}
+
+static int take_text(const struct option_row *o, const char *value)
+{
+	*(const char **)o->to = value;
+	return *value || o->to == &opt.selector ? 0 : fail("--%s is missing", row_name(o));
+}
+
+/* Which of the words between bars it is. */
+static int take_word(const struct option_row *o, const char *value)
+{
+	size_t n = strlen(value);
+	unsigned which = 0;
+
+	for (const char *s = row_value(o); *s; s += strcspn(s, "|"), s += *s == '|', which++)
+		if (strcspn(s, "|") == n && !strncmp(s, value, n))
+			return *(unsigned *)o->to = which, 0;
+	return fail("--%s: not %s", row_name(o), value);
+}
+
+static int take_json(const struct option_row *o, const char *value)
+{
+	opt.json = !strcmp(value, "json");
+	return opt.json ? 0 : fail("--%s: not %s", row_name(o), value);
+}
+
+static int take_cidr(const struct option_row *o, const char *s, size_t n, struct cidr *c)
 {
 	struct in6_addr masked;
 
 	if (!cidr_parse(s, n, c))
-		return fail("--%s: %.*s is no range like 10.8.43.0/24", name, (int)n, s);
+		return fail("--%s: %.*s is no range like 10.8.43.0/24", row_name(o), (int)n, s);
 	masked = c->addr;
 	addr_mask(&masked, c->bits);
 	if (memcmp(&masked, &c->addr, sizeof(masked)))
-		return fail("--%s: %.*s has bits set behind its length", name, (int)n, s);
+		return fail("--%s: %.*s has bits set behind its length", row_name(o), (int)n, s);
 	return 0;
 }
 
-static int take_map(const char *s)
+static int take_vip_range(const struct option_row *o, const char *value)
 {
-	const char *eq = strchr(s, '=');
+	opt.has_vip_range = true;
+	return take_cidr(o, value, strlen(value), &opt.vip_range);
+}
+
+static int take_map(const struct option_row *o, const char *value)
+{
+	const char *eq = strchr(value, '=');
 	struct map_option m;
 
 	if (!eq)
-		return fail("--map: %s is not FROM=TO", s);
-	if (take_cidr("map", s, eq - s, &m.from) || take_cidr("map", eq + 1, strlen(eq + 1), &m.to))
+		return fail("--%s: not %s", row_name(o), value);
+	if (take_cidr(o, value, eq - value, &m.from) || take_cidr(o, eq + 1, strlen(eq + 1), &m.to))
 		return -1;
 	if (m.from.bits != m.to.bits || addr_is_v4(&m.from.addr) != addr_is_v4(&m.to.addr))
-		return fail("--map: %s: both ranges must be of one family and length", s);
+		return fail("--map: %s: both ranges must be of one family and length", value);
 	opt.maps = mem(opt.maps, (opt.n_maps + 1) * sizeof(m));
 	opt.maps[opt.n_maps++] = m;
 	return 0;
 }
 
-static int take_ifaces(const char *s)
+static int take_namespace(const struct option_row *o, const char *value)
 {
-	agent.n_iface = 0;
-	while (*s) {
-		size_t n = strcspn(s, ",");
-
-		if (!n || n >= IF_NAMESIZE || memchr(s, '/', n) || memchr(s, ' ', n) || agent.n_iface == MAX_IFACES)
-			return fail("--iface: %s: up to %d names of at most %d characters, with commas between", s,
-				    MAX_IFACES, IF_NAMESIZE - 1);
-		memset(&agent.iface[agent.n_iface], 0, sizeof(agent.iface[0]));
-		memcpy(agent.iface[agent.n_iface++].name, s, n);
-		s += n + (s[n] == ',');
-		if (s[-1] == ',' && !*s)
-			return fail("--iface: a name must follow the comma");
-	}
-	return agent.n_iface ? 0 : fail("--iface: a name is missing");
+	opt.namespaces = mem(opt.namespaces, (opt.n_namespaces + 1) * sizeof(value));
+	opt.namespaces[opt.n_namespaces++] = value;
+	return *value ? 0 : fail("--%s is missing", row_name(o));
 }
 
-static int take_flows(const char *s)
+static int take_ifaces(const struct option_row *o, const char *s)
+{
+	(void)o;
+	for (agent.n_iface = 0;; s++) {
+		size_t n = strcspn(s, ",");
+
+		if (!n || n >= IF_NAMESIZE || memchr(s, '/', n) || memchr(s, ' ', n) ||
+		    agent.n_iface == MAX_IFACES)
+			return fail("--iface: up to %d names of at most %d characters, with commas "
+				    "between, and not \"%s\"",
+				    MAX_IFACES, IF_NAMESIZE - 1, s);
+		memset(agent.iface[agent.n_iface].name, 0, IF_NAMESIZE);
+		memcpy(agent.iface[agent.n_iface++].name, s, n);
+		s += n;
+		if (!*s)
+			return 0;
+	}
+}
+
+static int take_flows(const struct option_row *o, const char *s)
 {
 	char *end;
 	unsigned long n = strtoul(s, &end, 10);
 
 	if (!isdigit((unsigned char)*s) || *end || n < 1024 || n > 16 << 20)
-		return fail("--flows: %s is not a number from 1024 to %d", s, 16 << 20);
+		return fail("--%s: %s is not a number from 1024 to %d", row_name(o), s, 16 << 20);
 	opt.flows = n;
 	return 0;
 }
 
-static int take_snat(const char *s)
-{
-	static const char *const names[] = { "off", "auto", "on" };
+static const struct option_row options[] = {
+	{ "    --once", "attach, sync once, exit; the datapath stays", .command = cmd_once },
+	{ "    --status", "interfaces, services, flows, counters; of one: --status NAMESPACE/NAME",
+	  .command = cmd_status },
+	{ "    --check", "what would keep it from working here, with the remedy",
+	  .command = cmd_check },
+	{ "    --dry-run", "print what would be programmed", .command = cmd_dry_run },
+	{ "    --cleanup", "detach, unpin, leave no trace", .command = cmd_cleanup },
+	{ "    --version", "print the version", .command = cmd_version },
+	{ "-h, --help", "print this", .command = cmd_help },
+	{ "-i, --iface NAME[,NAME]", "VPN interfaces (default tailscale0); need not exist yet",
+	  .take = take_ifaces, .env = "IFACE" },
+	{ "    --kubeconfig FILE", "default: in-cluster, else k3s's, RKE2's, ~/.kube/config",
+	  .take = take_text, .to = &opt.kubeconfig, .env = "KUBECONFIG" },
+	{ "    --from FILE",
+	  "read objects as JSON (- is stdin), not from a server; again on SIGHUP",
+	  .take = take_text, .to = &opt.from },
+	{ "    --node NAME", "own node (default: the host name)", .take = take_text,
+	  .to = &opt.node, .env = "NODE_NAME" },
+	{ "    --selector SEL", "serve only services with these labels, as kubectl -l",
+	  .take = take_text, .to = &opt.selector },
+	{ "-n, --namespace NS", "serve only services of this namespace; may be repeated",
+	  .take = take_namespace },
+	{ "    --vip-range CIDR", "also give each service an address in this range",
+	  .take = take_vip_range },
+	{ "    --map FROM=TO",
+	  "serve the ClusterIPs of range TO at range FROM too; may be repeated", .take = take_map },
+	{ "    --snat off|auto|on", "source NAT towards backends (default off)", .take = take_word,
+	  .to = &opt.snat },
+	{ "    --fast", "local backends skip the host's stack", .take = take_flag,
+	  .to = &opt.fast },
+	{ "    --flows N", "capacity of ct_map (default 65536)", .take = take_flows },
+	{ "    --advertise", "keep the service CIDR among tailscaled's advertised routes",
+	  .take = take_flag, .to = &opt.advertise },
+	{ "    --metrics ADDR:PORT", "serve Prometheus metrics and health there", .take = take_text,
+	  .to = &opt.metrics },
+	{ "    --pin-dir DIR", "where maps are pinned (default /sys/fs/bpf/tail_lifter)",
+	  .take = take_text, .to = &opt.pin_dir },
+	{ "-o, --output json", "print JSON (--status, --dry-run)", .take = take_json },
+	{ "-v, --verbose", "say more", .take = take_loud },
+	{ "-q, --quiet", "say less", .take = take_loud },
+};
 
-	for (size_t i = 0; i < ARRAY_SIZE(names); i++)
-		if (!strcmp(s, names[i]))
-			return opt.snat = i, 0;
-	return fail("--snat: %s is not off, auto or on", s);
-}
-
-/* One option. 0; -1 with why: its value does not fit. */
-static int take(enum option_id id, const char *value)
+static int cmd_help(void)
 {
-	switch (id) {
-	case OPT_IFACE:
-		return take_ifaces(value);
-	case OPT_KUBECONFIG:
-		opt.kubeconfig = value;
-		return *value ? 0 : fail("--kubeconfig: a file is missing");
-	case OPT_FROM:
-		opt.from = value;
-		return *value ? 0 : fail("--from: a file is missing");
-	case OPT_NODE:
-		opt.node = value;
-		return *value && strlen(value) <= MAX_NAME ? 0 : fail("--node: not a node's name");
-	case OPT_SELECTOR:
-		opt.selector = value;
-		return 0;
-	case OPT_NAMESPACE:
-		opt.namespaces = mem(opt.namespaces, (opt.n_namespaces + 1) * sizeof(value));
-		opt.namespaces[opt.n_namespaces++] = value;
-		return *value ? 0 : fail("--namespace: a name is missing");
-	case OPT_VIP_RANGE:
-		opt.has_vip_range = true;
-		return take_cidr("vip-range", value, strlen(value), &opt.vip_range);
-	case OPT_MAP:
-		return take_map(value);
-	case OPT_SNAT:
-		return take_snat(value);
-	case OPT_FLOWS:
-		return take_flows(value);
-	case OPT_FAST:
-		opt.fast = true;
-		return 0;
-	case OPT_ADVERTISE:
-		opt.advertise = true;
-		return 0;
-	case OPT_METRICS:
-		opt.metrics = value;
-		return strrchr(value, ':') ? 0 : fail("--metrics: %s is not ADDR:PORT", value);
-	case OPT_PIN_DIR:
-		opt.pin_dir = value;
-		return *value == '/' ? 0 : fail("--pin-dir: %s is not an absolute path", value);
-	case OPT_OUTPUT:
-		opt.json = true;
-		return !strcmp(value, "json") ? 0 : fail("--output: %s is not json", value);
-	case OPT_VERBOSE:
-		loud++;
-		return 0;
-	case OPT_QUIET:
-		loud--;
-		return 0;
-	default:
-		return 0;
+	printf("tail_lifter: every ClusterIP reachable from the tailnet\n\n"
+	       "usage: tail_lifter [OPTIONS]   attach, sync, stay; SIGTERM leaves the datapath "
+	       "working\n"
+	       "       tail_lifter COMMAND [OPTIONS]\n");
+	for (const struct option_row *o = options; o < options + ARRAY_SIZE(options); o++) {
+		if (o == options || !o->command != !o[-1].command)
+			printf("\n%s:\n", o->command ? "commands" : "options");
+		printf("  %-26s  %s%s%s\n", o->form, o->text, o->env ? "; env " : "",
+		       o->env ? o->env : "");
 	}
+	return fflush(stdout) ? fail("cannot write: %s", strerror(errno)) : 0;
 }
 
-/* Finds the option of an argument: --name, --name=value, -x, -xvalue. `*value` is
- * what is attached to it, NULL: nothing. -1 with why. */
-static int option_of(const char *arg, const char **value)
+/* The row of an argument: --name, --name=value, -x, -xvalue. `*value` is what is
+ * attached to it, NULL: nothing. NULL with why. */
+static const struct option_row *option_of(const char *arg, const char **value)
 {
-	size_t n = arg[1] == '-' ? strcspn(arg + 2, "=") : 1;
-	const char *rest = arg[1] == '-' ? arg + 2 + n : arg + 2;
+	bool word = arg[1] == '-';
+	const char *name = arg + 1 + word;
+	size_t n = word ? strcspn(name, "=") : 1;
 
-	for (size_t i = 0; i < ARRAY_SIZE(options); i++) {
-		const struct option_row *o = &options[i];
-
-		if (arg[1] == '-' ? strlen(o->name) != n || strncmp(o->name, arg + 2, n) : o->letter != arg[1])
+	*value = name[n] ? name + n + word : NULL;
+	for (const struct option_row *o = options; o < options + ARRAY_SIZE(options); o++) {
+		if (word ? strcspn(row_name(o), " ") != n || strncmp(row_name(o), name, n) :
+			   *o->form != '-' || o->form[1] != *name)
 			continue;
-		*value = !*rest ? NULL : arg[1] == '-' ? rest + 1 : rest;
-		if (*value && !o->value && (arg[1] == '-' || rest[0]))
-			return fail("--%s takes no value", o->name);
-		return i;
+		if (!*value || row_value(o))
+			return o;
+		return fail("--%s takes no value", row_name(o)), NULL;
 	}
-	return fail("unknown option %s", arg);
+	return fail("unknown option %s", arg), NULL;
 }
 
-/* Fills opt from the environment and argv; `*command` is what to do. 0, or -1
- * with why. */
-static int options_read(int argc, char **argv, int (**command)(void))
+/* What holds whatever set the options; and the default that is not constant. */
+static int options_check(void)
 {
 	static char host[MAX_NAME + 1];
-	const char *value, *chosen = NULL;
 
-	opt = (struct options){ .flows = TL_FLOWS, .pin_dir = BPFFS "/tail_lifter" };
-	*command = cmd_run;
-	take_ifaces("tailscale0");
-	for (size_t i = 0; i < ARRAY_SIZE(options); i++) {
-		value = options[i].env ? getenv(options[i].env) : NULL;
-		if (value && *value && take(i, value))
-			return -1;
-	}
-	for (int i = 1; i < argc; i++) {
-		int id;
-
-		if (argv[i][0] != '-' || !argv[i][1]) {
-			if (*command != cmd_status || opt.status_of || !strchr(argv[i], '/'))
-				return fail("stray word %s", argv[i]);
-			opt.status_of = argv[i];
-			continue;
-		}
-		id = option_of(argv[i], &value);
-		if (id < 0)
-			return -1;
-		if (options[id].value && !value && !(value = argv[++i]))
-			return fail("--%s: %s is missing", options[id].name, options[id].value);
-		if (id < (int)ARRAY_SIZE(commands) && commands[id]) {
-			if (chosen && strcmp(chosen, options[id].name))
-				return fail("--%s and --%s are two commands", chosen, options[id].name);
-			chosen = options[id].name;
-			*command = commands[id];
-		}
-		if (take(id, value))
-			return -1;
-	}
 	if (!opt.node) {
 		gethostname(host, sizeof(host) - 1);
 		for (char *c = host; *c; c++)
 			*c = tolower((unsigned char)*c);
 		opt.node = host;
 	}
-	return 0;
+	if (strlen(opt.node) > MAX_NAME)
+		return fail("--node: %s is too long for a node's name", opt.node);
+	if (*opt.pin_dir != '/')
+		return fail("--pin-dir: %s is not an absolute path", opt.pin_dir);
+	if (opt.metrics && !strrchr(opt.metrics, ':'))
+		return fail("--metrics: %s is not ADDR:PORT", opt.metrics);
+	return model_init(&agent.model, &opt);
+}
+
+/* Fills opt from the environment and argv; `*command` is what to do. 0, or -1
+ * with why. */
+static int options_read(int argc, char **argv, int (**command)(void))
+{
+	const struct option_row *o, *chosen = NULL;
+	const char *value;
+
+	opt = (struct options){ .flows = TL_FLOWS, .pin_dir = BPFFS "/tail_lifter" };
+	take_ifaces(NULL, "tailscale0");
+	for (o = options; o < options + ARRAY_SIZE(options); o++) {
+		value = o->env ? getenv(o->env) : NULL;
+		if (value && *value && o->take(o, value))
+			return -1;
+	}
+	for (int i = 1; i < argc; i++) {
+		if (argv[i][0] != '-' || !argv[i][1]) {
+			if (*command != cmd_status || opt.status_of || !strchr(argv[i], '/'))
+				return fail("stray word %s", argv[i]);
+			opt.status_of = argv[i];
+			continue;
+		}
+		o = option_of(argv[i], &value);
+		if (!o)
+			return -1;
+		if (row_value(o) && !value && !(value = argv[++i]))
+			return fail("--%s is missing", row_name(o));
+		if (o->command && chosen && chosen != o)
+			return fail("--%s and --%s are two commands", row_name(chosen),
+				    row_name(o));
+		if (o->command)
+			*command = (chosen = o)->command;
+		else if (o->take(o, value))
+			return -1;
+	}
+	return *command == cmd_help ? 0 : options_check();
 }
 
 /* What this version knows the words for, and does not do. */
 static int options_unbuilt(void)
 {
-	const char *word = opt.fast ? "--fast" : opt.advertise ? "--advertise" : opt.metrics ? "--metrics" :
-			   opt.snat ? "--snat other than off" : NULL;
+	const char *word = opt.fast ? "--fast" :
+		opt.advertise	    ? "--advertise" :
+		opt.metrics	    ? "--metrics" :
+		opt.snat	    ? "--snat other than off" :
+				      NULL;
 
 	return word ? fail("%s is not in this version", word) : 0;
 }
@@ -7074,7 +6812,8 @@ static int options_unbuilt(void)
  * loader would have done this; a static-pie has none. */
 static void protect_relro(void)
 {
-	const ElfW(Phdr) *at = (const ElfW(Phdr) *)getauxval(AT_PHDR), *end = at + getauxval(AT_PHNUM);
+	const ElfW(Phdr) *at = (const ElfW(Phdr) *)getauxval(AT_PHDR),
+			 *end = at + getauxval(AT_PHNUM);
 	uintptr_t page = getauxval(AT_PAGESZ), base = 0, from, to;
 
 	for (const ElfW(Phdr) *p = at; p < end; p++)
@@ -7091,16 +6830,16 @@ static void protect_relro(void)
 
 int main(int argc, char **argv)
 {
-	int (*command)(void);
+	int (*command)(void) = cmd_run, r;
 
 	protect_relro();
-
-	if (options_read(argc, argv, &command) || (model_init(&agent.model, &opt) && command != cmd_help)) {
+	if (options_read(argc, argv, &command)) {
 		warn("%s; usage: tail_lifter [COMMAND] [OPTIONS], --help lists them", why);
 		return 2;
 	}
 	libbpf_set_print(on_libbpf);
-	if (options_unbuilt())
-		return failed();
-	return command();
+	r = options_unbuilt() ? -1 : command();
+	if (r < 0)
+		warn("%s", why);
+	return r ? 1 : 0;
 }

@@ -385,7 +385,7 @@ static int put_text(struct model *m, enum kind k, const char *text, bool delete)
 /* What the maps stage would hold: each service's entries, kept by its pointer. */
 static int drain(struct model *m)
 {
-	struct resolved r = { 0 };
+	static struct resolved r;
 	struct service *s;
 	int n = 0;
 
@@ -405,7 +405,6 @@ static int drain(struct model *m)
 			model_forget(m, s);
 		}
 	}
-	resolved_free(&r);
 	return n;
 }
 
@@ -426,19 +425,19 @@ static void programmed_text(struct model *m, struct buf *out)
 /* Empties a model and asks that nothing is left. */
 static void empty(struct model *m)
 {
-	for (enum kind k = 0; k < N_KINDS; k++) {
+	for (enum kind k = 0; k < N_READ; k++) {
 		model_mark(m, k);
 		model_sweep(m, k);
 	}
 	drain(m);
-	check(!m->services.n && !m->slices.n && !m->claims.n && !m->n_without, "nothing_is_left",
-	      "%zu services, %zu slices, %zu claims", m->services.n, m->slices.n, m->claims.n);
+	check(!m->services.n && !m->objects.n && !m->claims.n && !m->n_without, "nothing_is_left",
+	      "%zu services, %zu objects, %zu claims", m->services.n, m->objects.n, m->claims.n);
+	for (enum kind k = 0; k < N_READ; k++)
+		check(!m->n_of[k], "nothing_is_left", "%zu of kind %d", m->n_of[k], k);
+	check(!m->n_bad, "nothing_is_left", "%zu bad ones", m->n_bad);
 	free(m->services.bucket);
-	free(m->slices.bucket);
+	free(m->objects.bucket);
 	free(m->claims.bucket);
-	free(m->filter.at);
-	free(m->places.zone);
-	free(m->bad);
 }
 
 /* VIPs as dealt out by age, the plain way. */
@@ -532,7 +531,6 @@ static void test_churn(uint64_t seed, const char *vip_range, const char *selecto
 		drain(&m);
 		programmed_text(&m, &have);
 		model_init(&fresh, &world_options);
-		fresh.started = true;
 		for (int i = WORLD * 2; i-- > 0;)
 			for (enum kind k = 0; k < N_KINDS; k++)
 				if (set[k][i])
@@ -632,6 +630,59 @@ static void test_reserved_later(void)
 	empty(&m);
 }
 
+/* Ranges under rule 16: they come and go with ServiceCIDRs, by a relist too. */
+static void test_ranges(void)
+{
+	static const char one[] = "{\"metadata\":{\"name\":\"kubernetes\"},\"spec\":{\"cidrs\":["
+				  "\"10.43.0.0/16\",\"fd43::1/112\"]}}";
+	static const char two[] = "{\"metadata\":{\"name\":\"more\"},\"spec\":{\"cidrs\":["
+				  "\"10.44.0.0/16\"]}}";
+	static const char bad[] = "{\"metadata\":{\"name\":\"more\"},\"spec\":{\"cidrs\":[5]}}";
+	static const struct {
+		const char *what, *text;
+		bool delete, changed;
+		int n;
+	} rows[] = {
+		{ "one", one, false, true, 2 },	       { "one_again", one, false, false, 2 },
+		{ "two", two, false, true, 3 },	       { "bad_keeps_the_last", bad, false, false, 3 },
+		{ "deleted", two, true, true, 2 },     { "deleted_again", two, true, false, 2 },
+		{ "bad_from_the_start", bad, false, false, 2 },
+	};
+	struct options o = { .node = "pi4", .has_vip_range = true };
+	struct model m = { 0 };
+	struct cidr *c;
+	struct buf b;
+
+	cidr_parse("10.8.0.0/24", 11, &o.vip_range);
+	for (int filtered = 0; filtered < 2; filtered++) {
+		o.selector = filtered ? "app" : " ";
+		m = (struct model){ 0 };
+		model_init(&m, &o);
+		check(m.ranges_changed, "ranges_at_first", "not to be written");
+		b = model_ranges(&m);
+		check(b.len == sizeof(*c), "ranges_without_service_cidrs", "%zu bytes", b.len);
+		buf_free(&b);
+		for (size_t i = 0; i < ARRAY_SIZE(rows); i++) {
+			int n = filtered ? 0 : rows[i].n;
+
+			put_text(&m, SERVICE_CIDRS, rows[i].text, rows[i].delete);
+			check(m.ranges_changed == rows[i].changed, "ranges_changed", "%s",
+			      rows[i].what);
+			b = model_ranges(&m);
+			c = (struct cidr *)b.at;
+			check(b.len / sizeof(*c) == 1 + (size_t)n, "ranges", "%s: %zu bytes",
+			      rows[i].what, b.len);
+			buf_free(&b);
+		}
+		model_mark(&m, SERVICE_CIDRS);
+		model_sweep(&m, SERVICE_CIDRS);
+		b = model_ranges(&m);
+		check(b.len == sizeof(*c), "ranges_after_a_relist", "%zu bytes", b.len);
+		buf_free(&b);
+		empty(&m);
+	}
+}
+
 /* A file read again, as at SIGHUP. */
 static void test_from_again(void)
 {
@@ -695,6 +746,7 @@ int main(void)
 			   seed % 2 ? NULL : "a!=3");
 	test_bad_objects();
 	test_reserved_later();
+	test_ranges();
 	test_from_again();
 	printf("%d passed, %d failed\n", n_passed, n_failed);
 	return n_failed > 0;
