@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 /* tail_lifter.c: the agent of TailLifter, in one file. Start at main(), at the end.
  *
- * It learns Services, EndpointSlices and its own Node, resolves them as kube-proxy
+ * It learns Services, EndpointSlices, ServiceCIDRs and its own Node, resolves them as kube-proxy
  * would, writes the outcome into BPF maps, and keeps the datapath
  * (tail_lifter.bpf.c) attached to the VPN interface. When it goes the datapath
  * stays; --cleanup takes everything away.
@@ -28,7 +28,8 @@
  *
  * Outside interfaces
  *   API      GET /api/v1/services, /apis/discovery.k8s.io/v1/endpointslices,
- *            /api/v1/nodes (own node only); list and watch
+ *            /api/v1/nodes (own node only), /apis/networking.k8s.io/v1/servicecidrs;
+ *            list and watch
  *   files    kubeconfig and what it names; see "kubeconfig"
  *   bpffs    the pin directory; see "doors" for what is in it
  *   netlink  RTNLGRP_LINK; clsact and cls_bpf where there is no tcx
@@ -1479,16 +1480,15 @@ static int json_take(struct json *j, const struct split *s)
 enum kind {
 	SERVICES,
 	SLICES,
-	NODES,
-	N_KINDS, /* an API server is asked for those before; what follows comes by --from alone */
-	SERVICE_CIDRS = N_KINDS,
-	N_READ,
+	NODES,	       /* and what follows: we can do without, see watch_denied */
+	SERVICE_CIDRS,
+	N_KINDS
 };
 
 static const struct {
 	const char *name, *api;
 	bool namespaced;
-} kinds[N_READ] = {
+} kinds[N_KINDS] = {
 	[SERVICES] = { "Service", "v1", true },
 	[SLICES] = { "EndpointSlice", "discovery.k8s.io/v1", true },
 	[NODES] = { "Node", "v1", false },
@@ -2257,12 +2257,12 @@ struct model { /* all zero, then model_init */
 		const char *node, *zone;
 	} places; /* ours; "": not known */
 	struct table objects, services, claims;
-	size_t n_of[N_READ]; /* objects that are not blank */
+	size_t n_of[N_KINDS]; /* objects that are not blank */
 	size_t n_bad;	     /* the others */
 	struct service *dirty;
-	bool synced[N_READ];
-	uint16_t round[N_READ];		/* lists that were begun */
-	bool unnamed[N_READ];		/* the last one had a bad object whose name is not known */
+	bool synced[N_KINDS];
+	uint16_t round[N_KINDS];		/* lists that were begun */
+	bool unnamed[N_KINDS];		/* the last one had a bad object whose name is not known */
 	bool repeated;			/* the last bad object was as bad before: say it once */
 	bool ranges_changed;		/* since model_ranges gave them out */
 	size_t n_without, said_without; /* services that found the VIP range full */
@@ -3326,12 +3326,12 @@ static int from_object(struct from *f, const struct json *j, const char *kind)
 		return fail("object %zu: kind must be given, as a string", f->n_seen);
 	if (api >= 0 && !json_is(j, api, JSMN_STRING))
 		return fail("object %zu: apiVersion must be a string", f->n_seen);
-	for (k = 0; k < N_READ; k++)
+	for (k = 0; k < N_KINDS; k++)
 		if ((own < 0 ? !strcmp(kind, kinds[k].name) : json_eq(j, own, kinds[k].name)) &&
 		    (api >= 0 ? json_eq(j, api, kinds[k].api) :
 				*kind && (of < 0 || json_eq(&f->head, of, kinds[k].api))))
 			break;
-	if (k == N_READ)
+	if (k == N_KINDS)
 		return j->flaw ? fail("object %zu %s", f->n_seen, j->flaw) : 0;
 	o = object_read(&f->m->filter, k, j, 0);
 	buf_add(&f->got, &o, sizeof(o));
@@ -3455,10 +3455,10 @@ static int from_read(struct model *m, const char *file)
 
 	if (in && in != stdin)
 		fclose(in);
-	for (enum kind k = 0; k < N_READ && !got; k++)
+	for (enum kind k = 0; k < N_KINDS && !got; k++)
 		model_mark(m, k);
 	from_give(&f, 0, !got);
-	for (enum kind k = 0; k < N_READ && !got; k++)
+	for (enum kind k = 0; k < N_KINDS && !got; k++)
 		model_sweep(m, k);
 	free(f.head.tok);
 	free(f.item.tok);
@@ -4974,7 +4974,7 @@ static int config_load(struct config *c, const char *origin)
 #define PAUSE_LEAST   200
 #define PAUSE_MOST    30000
 #define PAUSE_BUSY    60000  /* where Retry-After asks for a minute or more */
-#define PAUSE_NODES   600000 /* PAUSE_MOST where RBAC forbids nodes */
+#define PAUSE_DENIED  600000 /* PAUSE_MOST of what we can do without and may not have */
 
 /* Neither of kube-proxy's two labels. */
 #define SELECTOR "labelSelector=%21service.kubernetes.io%2Fservice-proxy-name" \
@@ -4986,6 +4986,7 @@ static const struct resource {
 	[SERVICES] = { "services", "/api/v1/services", SELECTOR },
 	[SLICES] = { "endpointslices", "/apis/discovery.k8s.io/v1/endpointslices", SELECTOR },
 	[NODES] = { "nodes", "/api/v1/nodes", "fieldSelector=metadata.name%3D" },
+	[SERVICE_CIDRS] = { "servicecidrs", "/apis/networking.k8s.io/v1/servicecidrs", "" },
 };
 
 enum watch_state {
@@ -5307,8 +5308,9 @@ static void watch_complete(struct api *a, struct model *m, struct watch *w)
 	model_sweep(m, w->kind);
 	w->no_pages = false;
 	json_reset(&a->json);
-	if (a->once && m->synced[SERVICES] && m->synced[SLICES] && w->kind != NODES)
-		a->watch[NODES].deadline = a->now; /* last, for its absence is no failure */
+	if (a->once && m->synced[SERVICES] && m->synced[SLICES] && !m->synced[NODES])
+		/* last, for their absence is no failure */
+		a->watch[m->synced[SERVICE_CIDRS] ? NODES : SERVICE_CIDRS].deadline = a->now;
 }
 
 static void watch_follow(struct api *a, struct watch *w)
@@ -5411,17 +5413,19 @@ static int watch_denied(struct api *a, struct model *m, struct watch *w, int cod
 	if (code == 429 || code == 503)
 		w->least = w->http.retry_after < 60 ? w->http.retry_after * 1000 + 1 : PAUSE_BUSY;
 	watch_explain(a, w, code, status);
-	if (code != 403 || w->kind != NODES)
+	if (w->kind < NODES || (code != 403 && (code != 404 || w->kind != SERVICE_CIDRS)))
 		return FAILED;
-	fail("%s: %s", a->config.source, why);
-	api_say(a, "; going on without the zone of our node");
-	a->troubled &= ~(1 << NODES);
-	if (!m->synced[NODES]) {
-		model_mark(m, NODES);
+	if (w->kind == NODES) { /* older servers have no ServiceCIDRs, older roles no right to them */
+		fail("%s: %s", a->config.source, why);
+		api_say(a, "; going on without the zone of our node");
+	}
+	a->troubled &= ~(1 << w->kind);
+	if (!m->synced[w->kind]) {
+		model_mark(m, w->kind);
 		watch_complete(a, m, w);
 	}
 	w->least = PAUSE_LEAST << (w->failures < 16 ? w->failures : 16);
-	w->least = w->least < PAUSE_NODES ? w->least : PAUSE_NODES;
+	w->least = w->least < PAUSE_DENIED ? w->least : PAUSE_DENIED;
 	return AGAIN;
 }
 
@@ -5610,7 +5614,7 @@ static void api_start(struct api *a, int epoll_fd, uint32_t tag)
 	for (int k = 0; k < N_KINDS; k++) {
 		a->watch[k].kind = k;
 		a->watch[k].since = a->now;
-		a->watch[k].deadline = a->once && k == NODES ? INT64_MAX : a->now;
+		a->watch[k].deadline = a->once && k >= NODES ? INT64_MAX : a->now;
 	}
 }
 
@@ -5793,12 +5797,12 @@ static void ifaces_attach(struct agent *a)
 }
 
 /* --- sync -------------------------------------------------------------------- */
-static bool all_synced(const struct model *m)
+static bool all_synced(const struct agent *a)
 {
-	for (int k = 0; k < N_KINDS; k++)
-		if (!m->synced[k])
-			return false;
-	return true;
+	const bool *synced = a->model.synced;
+
+	return synced[SERVICES] && synced[SLICES] && synced[NODES] &&
+		(synced[SERVICE_CIDRS] || a->api.watch[SERVICE_CIDRS].failures);
 }
 
 /* After each round of events. The first time: may it be programmed at all? */
@@ -5806,7 +5810,7 @@ static void sync_now(struct agent *a)
 {
 	bool first = !maps.adopted;
 
-	if (a->refused || !all_synced(&a->model))
+	if (a->refused || !all_synced(a))
 		return;
 	a->refused = first && model_check(&a->model);
 	if (a->refused || (!maps_sync(&maps, &a->model) && !first))
@@ -5991,11 +5995,11 @@ static int cmd_dry_run(void)
 
 	if (loop_open(a) || source_open(a, true))
 		return -1;
-	while (!all_synced(&a->model) && !a->api.failed && !a->stop)
+	while (!all_synced(a) && !a->api.failed && !a->stop)
 		loop_round(a);
-	if (!all_synced(&a->model))
+	if (!all_synced(a))
 		fail("%s", a->api.failed ? a->api.failed : "stopped");
-	if (!all_synced(&a->model) || model_check(&a->model))
+	if (!all_synced(a) || model_check(&a->model))
 		return -1;
 	model_settle(&a->model);
 	print_dry_run(&out, &a->model, opt.json);
@@ -6551,7 +6555,7 @@ static enum verdict check_resource(int what)
 	struct agent *a = &agent;
 	enum kind kind = what & ~LOOK_WATCH;
 	struct watch *w = &a->api.watch[kind];
-	bool watch = what & LOOK_WATCH, done = false;
+	bool watch = what & LOOK_WATCH, done = false, reached = false;
 
 	if (opt.from)
 		return fail("not needed, with --from"), GOOD;
@@ -6565,13 +6569,14 @@ static enum verdict check_resource(int what)
 		a->api.watch[k].deadline = k == (int)kind ? 0 : INT64_MAX;
 	while (!done && !a->stop && !a->api.failed && !a->api.n_said) {
 		loop_round(a);
+		reached |= w->state >= WATCH_ASKING;
 		done = watch ? w->state == WATCH_FOLLOWING : a->model.synced[kind];
 	}
 	if (a->stop)
 		return fail("not looked at: stopped"), UNSEEN;
 	if (done && !a->api.n_said)
 		return fail("allowed"), GOOD;
-	lost = w->lost;
+	lost = !reached;
 	return kind == NODES && !lost ? HINT : MEND;
 }
 
@@ -6580,7 +6585,7 @@ static enum verdict check_node(int what)
 	(void)what;
 	if (!agent.model.synced[NODES])
 		return fail("not looked at, for nodes could not be listed"), UNSEEN;
-	if (agent.model.node_seen)
+	if (agent.model.n_of[NODES])
 		return fail("%s is a Node of the cluster", opt.node), GOOD;
 	fail("no Node %s was seen, so no backend counts as local: --node names another", opt.node);
 	return HINT;
