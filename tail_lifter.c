@@ -197,15 +197,6 @@ __attribute__((format(printf, 2, 3))) static void buf_printf(struct buf *b, cons
 	b->len += n;
 }
 
-/* Takes the first n bytes away. */
-static void buf_drop(struct buf *b, size_t n)
-{
-	b->len -= n;
-	memmove(b->at, b->at + n, b->len);
-	if (b->at)
-		b->at[b->len] = 0;
-}
-
 /* Empties, and gives the memory back if it is more than `keep` bytes. */
 static void buf_reset(struct buf *b, size_t keep)
 {
@@ -385,7 +376,7 @@ static struct options {
 
 /* A certificate or key in PEM, and where it comes from, for the message. */
 struct pem {
-	struct buf text;
+	struct buf *text;
 	char from[256];
 };
 
@@ -487,16 +478,16 @@ static int tls_parse(struct tls_trust *t, const struct pem *ca, const struct pem
 	int (*random)(void *, unsigned char *, size_t) = mbedtls_psa_get_random;
 	void *state = MBEDTLS_PSA_RANDOM_STATE;
 
-	if (mbedtls_x509_crt_parse(&t->ca, (void *)ca->text.at, ca->text.len + 1) < 0)
+	if (mbedtls_x509_crt_parse(&t->ca, (void *)ca->text->at, ca->text->len + 1) < 0)
 		return fail("%s: no CA certificate in PEM form", ca->from);
-	if (!cert->text.len && !key->text.len)
+	if (!cert->text->len && !key->text->len)
 		return 0;
-	if (!cert->text.len || !key->text.len)
+	if (!cert->text->len || !key->text->len)
 		return fail("%s: a client certificate and its key need each other",
-			    cert->text.len ? cert->from : key->from);
-	if (mbedtls_x509_crt_parse(&t->cert, (void *)cert->text.at, cert->text.len + 1))
+			    cert->text->len ? cert->from : key->from);
+	if (mbedtls_x509_crt_parse(&t->cert, (void *)cert->text->at, cert->text->len + 1))
 		return fail("%s: no client certificate in PEM form", cert->from);
-	if (mbedtls_pk_parse_key(&t->key, (void *)key->text.at, key->text.len + 1, NULL, 0, random,
+	if (mbedtls_pk_parse_key(&t->key, (void *)key->text->at, key->text->len + 1, NULL, 0, random,
 				 state))
 		return fail("%s: no usable client key (RSA or ECDSA in PEM form, not encrypted)",
 			    key->from);
@@ -4521,11 +4512,14 @@ static int doors_attach(const struct link_news *l)
 #define MAX_CONFIG	(1u << 20) /* bytes of a kubeconfig or of a file it names */
 #define SERVICE_ACCOUNT "/var/run/secrets/kubernetes.io/serviceaccount/"
 
+/* YAML becomes JSON line by line. */
 struct yaml {
-	char *at;   /* the text behind this line */
-	char *s;    /* what is left of this line, without indentation and line end */
-	int indent; /* -1: the text is at its end */
-	int line, depth;
+	struct {
+		int column;
+		char close;
+	} open[32]; /* the maps and lists we are in */
+	int n, line;
+	bool wants; /* a value: behind a key or a dash there was none yet */
 };
 
 static int yaml_bad(const struct yaml *y)
@@ -4535,27 +4529,6 @@ static int yaml_bad(const struct yaml *y)
 		    y->line);
 }
 
-/* On to the next line that says something; 0, or -1 with why. */
-static int yaml_next(struct yaml *y)
-{
-	while (*y->at) {
-		size_t n = strcspn(y->at, "\n");
-		char *line = y->at, *end = line + n;
-
-		y->at = end + (*end == '\n');
-		while (end > line && strchr(" \r\t", end[-1]))
-			end--;
-		*end = 0;
-		y->line++;
-		y->indent = strspn(line, " ");
-		y->s = line + y->indent;
-		if (*y->s && *y->s != '#' && (y->depth || strcmp(y->s, "---")))
-			return *y->s == '\t' ? yaml_bad(y) : 0;
-	}
-	y->indent = -1;
-	return 0;
-}
-
 /* Nothing more, or a comment. */
 static bool yaml_rest(const char *s)
 {
@@ -4563,21 +4536,7 @@ static bool yaml_rest(const char *s)
 	return !*s || *s == '#';
 }
 
-static bool yaml_dash(const struct yaml *y)
-{
-	return *y->s == '-' && (!y->s[1] || y->s[1] == ' ');
-}
-
-/* The colon behind the plain key this line begins with, or NULL. */
-static char *yaml_colon(const struct yaml *y)
-{
-	for (char *c = y->s; *c && !strchr("\"'{[#", *c); c++)
-		if (*c == ':' && (!c[1] || c[1] == ' '))
-			return c;
-	return NULL;
-}
-
-/* The scalar at s, a comment behind it left out, as JSON. */
+/* The scalar at s, a comment behind it left out. */
 static int yaml_scalar(const struct yaml *y, const char *s, struct buf *out)
 {
 	static const char *const words[] = { "true", "false", "null", "{}", "[]" };
@@ -4607,50 +4566,65 @@ static int yaml_scalar(const struct yaml *y, const char *s, struct buf *out)
 	return 0;
 }
 
-/* The block at this indentation, with what is deeper, as JSON. */
-static int yaml_block(struct yaml *y, struct buf *out)
+/* What stands at this column of a line: "key:", "- ", a scalar, or before it the
+ * end of what is deeper; at -1 is the end of all. */
+static int yaml_part(struct yaml *y, int column, const char *s, struct buf *out)
 {
-	bool dash = yaml_dash(y);
-	int indent = y->indent, r = 0;
+	bool dash = *s == '-' && (!s[1] || s[1] == ' '), begins;
+	const char *colon = s, *rest; /* behind the key, or the dash itself */
 
-	if (!dash && !yaml_colon(y)) /* a scalar in a list */
-		return yaml_scalar(y, y->s, out) ? -1 : yaml_next(y);
-	if (++y->depth > 32)
-		return yaml_bad(y);
-	buf_add(out, dash ? "[" : "{", 1);
-	for (bool more = false; !r && y->indent == indent && yaml_dash(y) == dash; more = true) {
-		char *line = y->s, *colon = dash ? line : yaml_colon(y);
-
-		buf_add(out, ",", more);
-		if (!colon)
-			return yaml_bad(y);
-		if (!dash)
-			buf_printf(out, "\"%.*s\":", (int)(colon - line), line);
-		y->s = colon + 1 + strspn(colon + 1, " ");
-		y->indent += y->s - line;
-		if (!yaml_rest(y->s)) {
-			r = dash ? yaml_block(y, out) : yaml_scalar(y, y->s, out) || yaml_next(y);
-			continue;
-		}
-		r = yaml_next(y);
-		if (y->indent > indent || (!dash && y->indent == indent && yaml_dash(y)))
-			r = r || yaml_block(y, out);
-		else
-			buf_add(out, "null", 4);
+	while (!dash && *colon && (*colon != ':' || (colon[1] && colon[1] != ' ')))
+		colon = strchr("\"'{[#", *colon) ? "" : colon + 1;
+	while (y->n && (column < y->open[y->n - 1].column ||
+			(column == y->open[y->n - 1].column && y->open[y->n - 1].close == ']' && !dash))) {
+		buf_add(out, "null", y->wants ? 4 : 0);
+		y->wants = false;
+		buf_add(out, &y->open[--y->n].close, 1);
 	}
-	buf_add(out, dash ? "]" : "}", 1);
-	y->depth--;
-	return r ? -1 : y->indent > indent ? yaml_bad(y) : 0;
+	if (column < 0)
+		return 0;
+	begins = !y->n || column > y->open[y->n - 1].column ||
+		y->open[y->n - 1].close != (dash ? ']' : '}');
+	if (begins ? !y->wants || y->n == ARRAY_SIZE(y->open) : !*colon)
+		return yaml_bad(y);
+	if (*colon && begins) {
+		y->open[y->n].column = column;
+		y->open[y->n++].close = dash ? ']' : '}';
+		buf_add(out, dash ? "[" : "{", 1);
+	} else if (*colon) {
+		buf_printf(out, "%s,", y->wants ? "null" : "");
+	}
+	if (*colon && !dash)
+		buf_printf(out, "\"%.*s\":", (int)(colon - s), s);
+	rest = *colon ? colon + 1 + strspn(colon + 1, " ") : s;
+	y->wants = yaml_rest(rest);
+	if (y->wants)
+		return 0;
+	y->wants = dash;
+	return dash ? yaml_part(y, column + (int)(rest - s), rest, out) : yaml_scalar(y, rest, out);
 }
 
 /* `text`, which is taken apart, as JSON. */
 static int yaml_to_json(char *text, struct buf *out)
 {
-	struct yaml y = { .at = text };
+	struct yaml y = { .line = 1, .wants = true };
 
-	if (yaml_next(&y) || (y.indent >= 0 && yaml_block(&y, out)))
-		return -1;
-	return y.indent < 0 ? 0 : yaml_bad(&y);
+	for (char *next; *text; text = next, y.line++) {
+		size_t n = strcspn(text, "\n"), column;
+
+		next = text + n + (text[n] == '\n');
+		while (n && strchr(" \r\t", text[n - 1]))
+			n--;
+		text[n] = 0;
+		column = strspn(text, " ");
+		if (yaml_rest(text) || (!out->len && !strcmp(text, "---")))
+			continue;
+		if (text[column] == '\t')
+			return yaml_bad(&y);
+		if (yaml_part(&y, column, text + column, out))
+			return -1;
+	}
+	return yaml_part(&y, -1, "", out);
 }
 
 struct config {
@@ -4685,33 +4659,6 @@ static uint64_t file_stamp(const struct stat *s)
 	return hash64(0, of, sizeof(of));
 }
 
-/* Reads a whole file, and remembers it for config_changed. */
-static int config_read(struct config *c, const char *path, struct buf *out)
-{
-	int fd = open(path, O_RDONLY | O_CLOEXEC);
-	struct stat seen;
-	ssize_t n = fd < 0 ? -1 : fstat(fd, &seen);
-
-	snprintf(c->files[c->n_files].path, sizeof(c->files->path), "%s", path);
-	c->files[c->n_files++].stamp = n ? 0 : file_stamp(&seen);
-	buf_reset(out, 0);
-	buf_room(out, MAX_CONFIG + 1);
-	while (!n && out->len <= MAX_CONFIG &&
-	       (n = read(fd, out->at + out->len, MAX_CONFIG + 1 - out->len)) > 0) {
-		out->len += n;
-		n = 0;
-	}
-	out->at[out->len] = 0;
-	if (n < 0)
-		fail("%s: %s%s", path, strerror(errno),
-		     errno == EACCES ? ": run as who may read it (root?)" : "");
-	else if (out->len > MAX_CONFIG)
-		n = fail("%s: longer than %u bytes", path, MAX_CONFIG);
-	if (fd >= 0)
-		close(fd);
-	return n < 0 ? -1 : 0;
-}
-
 /* Whether a file is another than when it was read. */
 static bool config_changed(const struct config *c)
 {
@@ -4723,71 +4670,108 @@ static bool config_changed(const struct config *c)
 	return false;
 }
 
-/* A string of the kubeconfig into `out`: 1, 0 absent or "", -1 with why. */
-static int config_string(const struct json *j, int at, const char *key, struct buf *out)
-{
-	int value = json_get(j, at, key);
+/* One reading of a kubeconfig. What fails first stays in `why`, and all that is
+ * read after it is "". */
+struct reading {
+	struct config *c;
+	struct json json;
+	struct buf text[24]; /* all that was read */
+	int n_text;
+	bool bad;
+};
 
-	buf_reset(out, 0);
-	buf_add(out, "", 0);
-	if (value >= 0 && (json_str(j, value, out) || strlen(out->at) != out->len))
-		return fail("%s is no text", key);
-	return out->len > 0;
+static struct buf *reading_text(struct reading *r)
+{
+	struct buf *b = &r->text[r->n_text++];
+
+	buf_add(b, "", 0);
+	return b;
 }
 
-/* The `inner` of the element of `list` that `key` names; -1 with why. */
-static int config_refer(const struct json *j, int at, const char *key, const char *list,
-			const char *inner)
+/* A whole file, remembered for config_changed. */
+static struct buf *reading_file(struct reading *r, const char *path)
 {
-	struct buf name = { 0 };
-	int all = config_string(j, at, key, &name) < 0 ? -1 : json_get(j, 0, list), i;
+	struct buf *out = reading_text(r);
+	int fd = open(path, O_RDONLY | O_CLOEXEC);
+	struct stat seen = { 0 };
+	ssize_t n = fd < 0 ? -1 : fstat(fd, &seen);
 
-	for (i = json_first(j, all); i >= 0; i = json_next(j, all, i))
-		if (json_eq(j, json_get(j, i, "name"), name.at))
+	snprintf(r->c->files[r->c->n_files].path, sizeof(r->c->files->path), "%s", path);
+	r->c->files[r->c->n_files++].stamp = file_stamp(&seen);
+	for (bool more = !n; more; more = n > 0 && out->len <= MAX_CONFIG) {
+		buf_room(out, 4096);
+		n = read(fd, out->at + out->len, 4096);
+		out->len += n > 0 ? n : 0;
+		out->at[out->len] = 0;
+	}
+	if (n < 0)
+		r->bad = fail("%s: %s%s", path, strerror(errno),
+			      errno == EACCES ? ": run as who may read it (root?)" : "");
+	else if (out->len > MAX_CONFIG)
+		r->bad = fail("%s: longer than %u bytes", path, MAX_CONFIG);
+	if (fd >= 0)
+		close(fd);
+	return out;
+}
+
+static struct buf *reading_string(struct reading *r, int at, const char *key)
+{
+	int value = r->bad ? -1 : json_get(&r->json, at, key);
+	struct buf *out = reading_text(r);
+
+	if (value >= 0 && (json_str(&r->json, value, out) || strlen(out->at) != out->len))
+		r->bad = fail("%s is no text", key);
+	return out;
+}
+
+/* The `inner` of the element of `list` that `key` names. */
+static int reading_refer(struct reading *r, int at, const char *key, const char *list,
+			 const char *inner)
+{
+	const char *name = reading_string(r, at, key)->at;
+	int all = json_get(&r->json, 0, list), i;
+
+	for (i = json_first(&r->json, all); i >= 0; i = json_next(&r->json, all, i))
+		if (json_eq(&r->json, json_get(&r->json, i, "name"), name))
 			break;
-	i = json_get(j, i, inner);
-	if (i < 0)
-		fail("%s \"%s\" is not among its %s", key, name.at, list);
-	buf_free(&name);
+	i = json_get(&r->json, i, inner);
+	if (i < 0 && !r->bad)
+		r->bad = fail("%s \"%s\" is not among its %s", key, name, list);
 	return i;
 }
 
-/* The text of the file that KEY names, seen from the kubeconfig's folder; `path` becomes
- * its name. 1, 0 none is named, -1 with why. */
-static int config_file(struct config *c, const struct json *j, int at, const char *key,
-		       struct buf *out, char path[256])
+/* The file that KEY names, seen from the kubeconfig; `path` becomes its name. */
+static struct buf *reading_named(struct reading *r, int at, const char *key, char path[256])
 {
-	int folder = strrchr(c->origin, '/') ? strrchr(c->origin, '/') + 1 - c->origin : 0;
-	int r = config_string(j, at, key, out);
+	const char *origin = r->c->origin, *slash = strrchr(origin, '/');
+	struct buf *name = reading_string(r, at, key);
 
-	if (r <= 0)
-		return r;
-	snprintf(path, 256, "%.*s%s", *out->at == '/' ? 0 : folder, c->origin, out->at);
-	return config_read(c, path, out) ? -1 : 1;
+	if (r->bad || !name->len)
+		return name;
+	snprintf(path, 256, "%.*s%s", *name->at == '/' || !slash ? 0 : (int)(slash + 1 - origin),
+		 origin, name->at);
+	return reading_file(r, path);
 }
 
 /* KEY-data (base64), else the file KEY names; empty if there is neither. */
-static int config_pem(struct config *c, const struct json *j, int at, const char *key,
-		      struct pem *out)
+static struct pem reading_pem(struct reading *r, int at, const char *key)
 {
-	struct buf value = { 0 };
-	char data[64];
-	int r;
+	struct pem pem;
+	struct buf *data;
+	char name[64];
 
-	snprintf(data, sizeof(data), "%s-data", key);
-	snprintf(out->from, sizeof(out->from), "%s of %s", data, c->origin);
-	r = config_string(j, at, data, &value);
-	if (r > 0) {
-		buf_room(&out->text, value.len);
-		if (mbedtls_base64_decode((void *)out->text.at, value.len, &out->text.len,
-					  (void *)value.at, value.len))
-			r = fail("%s: not base64", out->from);
-		out->text.at[out->text.len] = 0;
-	} else if (!r) {
-		r = config_file(c, j, at, key, &out->text, out->from);
+	snprintf(name, sizeof(name), "%s-data", key);
+	snprintf(pem.from, sizeof(pem.from), "%s of %s", name, r->c->origin);
+	data = reading_string(r, at, name);
+	pem.text = data->len ? reading_text(r) : reading_named(r, at, key, pem.from);
+	if (data->len && !r->bad) {
+		buf_room(pem.text, data->len);
+		if (mbedtls_base64_decode((void *)pem.text->at, data->len, &pem.text->len,
+					  (void *)data->at, data->len))
+			r->bad = fail("%s: not base64", pem.from);
+		pem.text->at[pem.text->len] = 0;
 	}
-	buf_free(&value);
-	return r < 0 ? -1 : 0;
+	return pem;
 }
 
 /* "https://HOST[:PORT][/PATH]" */
@@ -4813,106 +4797,89 @@ static int config_server(struct config *c, const char *url)
 }
 
 /* The cluster's entry: address, name to check, CA. */
-static int config_cluster(struct config *c, const struct json *j, int at, struct pem *ca)
+static struct pem config_cluster(struct reading *r, int at)
 {
-	struct buf value = { 0 };
-	int r = config_string(j, at, "server", &value) < 0 ? -1 : config_server(c, value.at);
+	const char *url = reading_string(r, at, "server")->at;
+	const char *name = reading_string(r, at, "tls-server-name")->at;
+	struct pem ca = reading_pem(r, at, "certificate-authority");
 
-	if (!r && (r = config_string(j, at, "tls-server-name", &value)) >= 0)
-		snprintf(c->name, sizeof(c->name), "%s", r ? value.at : c->host);
-	buf_free(&value);
-	if (r < 0)
-		return -1;
-	if (json_get(j, at, "proxy-url") >= 0)
-		return fail("proxy-url is not supported: name a server that is reached directly");
-	if (json_is_word(j, json_get(j, at, "insecure-skip-tls-verify"), "true"))
-		return fail("insecure-skip-tls-verify is refused: give a certificate-authority");
-	if (config_pem(c, j, at, "certificate-authority", ca))
-		return -1;
-	return !c->tls || ca->text.len ? 0 : fail("the cluster has no certificate-authority");
+	if (r->bad || (r->bad = config_server(r->c, url)))
+		return ca;
+	snprintf(r->c->name, sizeof(r->c->name), "%s", *name ? name : r->c->host);
+	if (json_get(&r->json, at, "proxy-url") >= 0)
+		r->bad = fail("proxy-url is not supported: name a server that is reached directly");
+	else if (json_is_word(&r->json, json_get(&r->json, at, "insecure-skip-tls-verify"), "true"))
+		r->bad = fail("insecure-skip-tls-verify is refused: give a certificate-authority");
+	else if (r->c->tls && !ca.text->len)
+		r->bad = fail("the cluster has no certificate-authority");
+	return ca;
 }
 
-/* The user's entry: token, client certificate and key; what we cannot do is refused. */
-static int config_user(struct config *c, const struct json *j, int at, struct pem *cert,
-		       struct pem *key)
+/* The user's token; what we cannot do is refused. */
+static void config_user(struct reading *r, int at)
 {
 	static const char *const refused[] = { "exec", "auth-provider", "username", "as" };
-	struct buf value = { 0 };
+	const struct buf *token;
 	char path[256];
 	const char *s;
 	size_t n = 0;
-	int r;
 
-	for (size_t i = 0; i < ARRAY_SIZE(refused); i++)
-		if (json_get(j, at, refused[i]) >= 0)
-			return fail("the user's \"%s\" is not supported: use a certificate or a "
-				    "token", refused[i]);
-	if (config_pem(c, j, at, "client-certificate", cert) ||
-	    config_pem(c, j, at, "client-key", key))
-		return -1;
-	r = config_file(c, j, at, "tokenFile", &value, path);
-	if (!r)
-		r = config_string(j, at, "token", &value);
-	if (r > 0) {
-		for (s = value.at + strspn(value.at, " \t\r\n"); isgraph((unsigned char)s[n]); n++)
-			;
-		buf_add(&c->token, s, n);
-		if (s + n + strspn(s + n, " \t\r\n") != value.at + value.len)
-			r = fail("the token holds a character that no token has");
+	token = reading_named(r, at, "tokenFile", path);
+	if (!token->len)
+		token = reading_string(r, at, "token");
+	for (s = token->at + strspn(token->at, " \t\r\n"); isgraph((unsigned char)s[n]); n++)
+		;
+	buf_add(&r->c->token, s, n);
+	if (!r->bad && s + n + strspn(s + n, " \t\r\n") != token->at + token->len)
+		r->bad = fail("the token holds a character that no token has");
+	for (size_t i = 0; i < ARRAY_SIZE(refused) && !r->bad; i++)
+		if (json_get(&r->json, at, refused[i]) >= 0)
+			r->bad = fail("the user's \"%s\" is not supported: use a certificate or a "
+				      "token", refused[i]);
+}
+
+/* current-context -> cluster and user. */
+static void config_take(struct reading *r)
+{
+	int context = reading_refer(r, 0, "current-context", "contexts", "context");
+	int cluster = reading_refer(r, context, "cluster", "clusters", "cluster");
+	int user = json_get(&r->json, context, "user") < 0 ? -1 :
+		reading_refer(r, context, "user", "users", "user");
+	struct pem ca = config_cluster(r, cluster);
+	struct pem cert = reading_pem(r, user, "client-certificate");
+	struct pem key = reading_pem(r, user, "client-key");
+
+	config_user(r, user);
+	if (!r->bad && r->c->tls) {
+		r->c->trust = tls_trust_new(&ca, &cert, &key);
+		r->bad = !r->c->trust;
 	}
-	buf_free(&value);
-	return r < 0 ? -1 : 0;
 }
 
 /* The kubeconfig as JSON text. */
-static int config_text(struct config *c, struct buf *out)
+static struct buf *config_text(struct reading *r)
 {
 	const char *host = getenv("KUBERNETES_SERVICE_HOST");
 	const char *port = getenv("KUBERNETES_SERVICE_PORT");
-	struct buf text = { 0 };
-	size_t space;
-	int r;
+	struct buf *out = reading_text(r), *text;
 
-	if (host && !strcmp(c->origin, SERVICE_ACCOUNT)) { /* what its folder stands for */
+	if (host && !strcmp(r->c->origin, SERVICE_ACCOUNT)) { /* what its folder stands for */
 		buf_printf(out, "{\"contexts\":[{\"name\":\"\",\"context\":{\"user\":\"\"}}],"
 			   "\"clusters\":[{\"name\":\"\",\"cluster\":{\"server\":\"https://%s%s%s:%s\","
 			   "\"certificate-authority\":\"ca.crt\"}}],"
 			   "\"users\":[{\"name\":\"\",\"user\":{\"tokenFile\":\"token\"}}]}",
 			   strchr(host, ':') ? "[" : "", host, strchr(host, ':') ? "]" : "",
 			   port ? port : "443");
-		return 0;
+		return out;
 	}
-	r = config_read(c, c->origin, &text);
-	space = strspn(text.at, " \r\n\t");
-	if (!r && text.at[space] == '{')
-		buf_add(out, text.at, text.len);
-	else if (!r && (strlen(text.at) != text.len || space == text.len))
-		r = fail("this is neither YAML nor JSON");
-	else if (!r)
-		r = yaml_to_json(text.at, out);
-	buf_free(&text);
-	return r;
-}
-
-/* current-context -> cluster and user. */
-static int config_take(struct config *c, const struct json *j)
-{
-	struct pem pem[3] = { 0 }; /* CA, certificate, key */
-	int context = config_refer(j, 0, "current-context", "contexts", "context");
-	int at = context < 0 ? -1 : config_refer(j, context, "cluster", "clusters", "cluster");
-	int r = at < 0 || config_cluster(c, j, at, &pem[0]) ? -1 : 0;
-
-	if (!r && json_get(j, context, "user") >= 0) {
-		at = config_refer(j, context, "user", "users", "user");
-		r = at < 0 ? -1 : config_user(c, j, at, &pem[1], &pem[2]);
-	}
-	if (!r && c->tls) {
-		c->trust = tls_trust_new(&pem[0], &pem[1], &pem[2]);
-		r = c->trust ? 0 : -1;
-	}
-	for (int i = 0; i < 3; i++)
-		buf_free(&pem[i].text);
-	return r;
+	text = reading_file(r, r->c->origin);
+	if (r->bad || text->at[strspn(text->at, " \r\n\t")] == '{')
+		return text;
+	if (strlen(text->at) != text->len || !text->at[strspn(text->at, " \r\n\t")])
+		r->bad = fail("this is neither YAML nor JSON");
+	else
+		r->bad = yaml_to_json(text->at, out);
+	return out;
 }
 
 /* Which one: as DESIGN.md's command line says. */
@@ -4942,19 +4909,21 @@ static int config_find(char origin[256])
  * and *c is empty still. */
 static int config_load(struct config *c, const char *origin)
 {
-	struct buf text = { 0 };
-	struct json j = { 0 };
-	int r;
+	struct reading r = { .c = c };
+	struct buf *text;
 
 	snprintf(c->origin, sizeof(c->origin), "%s", origin);
-	r = config_text(c, &text);
-	if (r || json_parse(&j, text.at, text.len) || config_take(c, &j)) {
-		r = fail("%s: %s", origin, why);
+	text = config_text(&r);
+	if (!r.bad && !(r.bad = json_parse(&r.json, text->at, text->len)))
+		config_take(&r);
+	if (r.bad) {
+		fail("%s: %s", origin, why);
 		config_free(c);
 	}
-	free(j.tok);
-	buf_free(&text);
-	return r;
+	free(r.json.tok);
+	while (r.n_text)
+		buf_free(&r.text[--r.n_text]);
+	return r.bad ? -1 : 0;
 }
 /* === the API server =======================================================
  * One watch per kind of object, each with its own connection: list (or stream)
@@ -5017,7 +4986,8 @@ struct watch {
 	bool reused;		 /* the connection had an answer before */
 	char rv[64];		 /* resume from here; "": list first */
 	struct buf more;	 /* the next page's token */
-	struct buf text;
+	struct buf text;	 /* a request, of which `sent` bytes are on their way */
+	size_t sent;
 	struct in6_addr addrs[MAX_ADDRESSES];
 	int n_addrs, addr;
 	int pipe;	/* 0: none */
@@ -5054,6 +5024,14 @@ static void api_say(struct api *a, const char *more)
 			return;
 	a->said[a->n_said++ % ARRAY_SIZE(a->said)] = h;
 	warn("%s%s", why, more);
+}
+
+static uint32_t random_bits(void)
+{
+	uint32_t bits = 0;
+
+	getrandom(&bits, sizeof(bits), GRND_NONBLOCK);
+	return bits;
 }
 
 static void watch_enter(struct api *a, struct watch *w, enum watch_state state, int64_t wait)
@@ -5100,11 +5078,9 @@ static void watch_close(struct api *a, struct watch *w)
 static void watch_pause(struct api *a, struct watch *w, bool eager)
 {
 	int64_t pause = PAUSE_LEAST << (w->failures < 8 ? w->failures : 8);
-	uint32_t random = 0;
 
-	getrandom(&random, sizeof(random), GRND_NONBLOCK);
 	pause = pause < PAUSE_MOST ? pause : PAUSE_MOST;
-	pause = eager && !w->failures ? 0 : pause / 2 + random % (pause / 2 + 1);
+	pause = eager && !w->failures ? 0 : pause / 2 + random_bits() % (pause / 2 + 1);
 	if (++w->failures > 5)
 		w->rv[0] = 0; /* nothing comes of it */
 	buf_free(&w->more);
@@ -5146,14 +5122,14 @@ static void escape(struct buf *out, const char *s)
 
 static void watch_write(struct api *a, struct watch *w)
 {
-	while (w->text.len) {
-		ssize_t n = tls_write(&w->tls, w->text.at, w->text.len);
+	while (w->sent < w->text.len) {
+		ssize_t n = tls_write(&w->tls, w->text.at + w->sent, w->text.len - w->sent);
 
 		if (n < 0)
 			return watch_fail(a, w);
 		if (!n)
 			return watch_arm(a, w);
-		buf_drop(&w->text, n);
+		w->sent += n;
 	}
 	w->tls.want = EPOLLIN;
 	watch_arm(a, w);
@@ -5164,10 +5140,8 @@ static void watch_request(struct api *a, struct watch *w)
 {
 	const struct resource *r = &resources[w->kind];
 	struct buf target = { 0 };
-	uint32_t seconds = 0;
+	unsigned seconds = 300 + random_bits() % 300;
 
-	getrandom(&seconds, sizeof(seconds), GRND_NONBLOCK);
-	seconds = 300 + seconds % 300;
 	w->until = a->now + (seconds + 30) * 1000;
 	w->ask = *w->rv ? ASK_WATCH : w->no_stream || a->once ? ASK_LIST : ASK_STREAM;
 	buf_printf(&target, "%s%s?%s", a->config.path, r->path, r->select);
@@ -5181,7 +5155,7 @@ static void watch_request(struct api *a, struct watch *w)
 		buf_printf(&target, "&limit=%d%s", LIST_PAGE, w->more.len ? "&continue=" : "");
 	escape(&target, w->ask == ASK_WATCH ? w->rv : w->more.len ? w->more.at : "");
 	http_reset(&w->http);
-	w->text.len = 0;
+	w->text.len = w->sent = 0;
 	http_get(&w->text, strstr(a->config.source, "//") + 2, target.at,
 		 a->config.tls ? a->config.token.at : NULL);
 	buf_free(&target);
@@ -5329,6 +5303,7 @@ static int watch_head(struct api *a, struct model *m, struct watch *w)
 			    w->http.type);
 	split_free(&w->split);
 	w->split = (struct split){ .shape = w->ask == ASK_LIST ? SPLIT_LIST : SPLIT_EVENTS };
+	w->text.len = 0;
 	w->whole = false;
 	if (w->http.status != 200) {
 		watch_enter(a, w, WATCH_REFUSED, WAIT_BODY);
@@ -5346,14 +5321,12 @@ static int watch_head(struct api *a, struct model *m, struct watch *w)
 /* metadata.resourceVersion, "" if it has none that we can keep. */
 static const char *object_rv(const struct json *j, int object, char rv[64])
 {
-	int value = json_get(j, json_get(j, object, "metadata"), "resourceVersion");
-	struct buf text = { 0 };
+	int at = json_get(j, json_get(j, object, "metadata"), "resourceVersion");
+	int n = json_is(j, at, JSMN_STRING) ? j->tok[at].end - j->tok[at].start : 64;
 
-	if (json_str(j, value, &text) || text.len > 63)
-		text.len = 0;
-	memcpy(rv, text.at, text.len);
-	rv[text.len] = 0;
-	buf_free(&text);
+	rv[0] = 0;
+	if (n < 64)
+		snprintf(rv, 64, "%.*s", n, j->text + j->tok[at].start);
 	return rv;
 }
 
@@ -5641,7 +5614,7 @@ static void api_ready(struct api *a, struct model *m, enum kind kind, uint32_t e
 		return;
 	if (w->state == WATCH_RESOLVING)
 		return watch_resolved(a, w);
-	if (w->state == WATCH_ASKING && w->text.len)
+	if (w->state == WATCH_ASKING && w->sent < w->text.len)
 		return watch_write(a, w);
 	if (w->state != WATCH_CONNECTING)
 		return watch_read(a, m, w);
