@@ -3844,7 +3844,9 @@ static void maps_tick(struct maps *m, struct model *model, int64_t now)
 
 	for (; n < m->dying.len / sizeof(*d) && d[n].at <= now; n++)
 		bpf_map_delete_elem(m->fd[SET_MAP], &d[n].set);
-	buf_drop(&m->dying, n * sizeof(*d));
+	m->dying.len -= n * sizeof(*d);
+	if (n)
+		memmove(m->dying.at, m->dying.at + n * sizeof(*d), m->dying.len);
 	if (m->again_at == INT64_MAX || (!n && now < m->again_at))
 		return;
 	m->again_at = INT64_MAX;
