@@ -944,7 +944,12 @@ static __attribute__((noinline)) int to_backend(struct __sk_buff *skb, struct pa
 	door = bpf_map_lookup_elem(&door_map, &ifindex);
 	if (!of || !(of->state & TL_FLOW_SNAT) || !door)
 		return TL_NO_FLOW;
-	p->flow.src = p->v6 ? door->snat[1] : door->snat[0];
+	if (p->v6) {
+		p->flow.src = door->snat[1];
+		asm volatile("" ::: "memory"); /* or clang makes a pointer of both, which takes CAP_PERFMON */
+	} else {
+		p->flow.src = door->snat[0];
+	}
 	if (!p->flow.src.w[3] && !p->flow.src.w[0])
 		return TL_NO_FLOW;
 	p->flow.dst = p->tuple.dst;

@@ -4362,12 +4362,16 @@ static struct buf bpf_log; /* what libbpf and the verifier said while loading */
 
 static int on_libbpf(enum libbpf_print_level level, const char *fmt, va_list ap)
 {
-	char text[4096];
+	va_list again;
+	int n;
 
 	if (level == LIBBPF_DEBUG)
 		return 0;
-	vsnprintf(text, sizeof(text), fmt, ap);
-	buf_printf(&bpf_log, "%s", text);
+	va_copy(again, ap);
+	n = vsnprintf(NULL, 0, fmt, again); /* a verifier's log is long */
+	va_end(again);
+	buf_room(&bpf_log, n);
+	bpf_log.len += vsnprintf(bpf_log.at + bpf_log.len, n + 1, fmt, ap);
 	return 0;
 }
 
