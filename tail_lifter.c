@@ -261,6 +261,13 @@ static bool addr_parse(const char *s, size_t n, struct in6_addr *a)
 	return inet_pton(v6 ? AF_INET6 : AF_INET, text, v6 ? a->s6_addr : a->s6_addr + 12) == 1;
 }
 
+/* From the 4 or 16 bytes of an address of that family. */
+static void addr_take(struct in6_addr *a, int family, const void *bytes)
+{
+	*a = (struct in6_addr){ .s6_addr = { [10] = 0xff, [11] = 0xff } };
+	memcpy(family == AF_INET ? a->s6_addr + 12 : a->s6_addr, bytes, family == AF_INET ? 4 : 16);
+}
+
 /* The text of an address (RFC 5952); `text` has INET6_ADDRSTRLEN bytes and is
  * returned. Not inet_ntop: libraries differ in what they shorten. */
 static const char *addr_text(const struct in6_addr *a, char *text)
@@ -3464,12 +3471,13 @@ static int from_read(struct model *m, const char *file)
  * before what points; then drop those of the old list that the new one lacks. A set
  * of backends is named by a hash of its contents, so it never changes, and the switch
  * from one to the next is the write of one svc_map value. */
-enum map { TEXT_MAP, NET_MAP, SET_MAP, SVC_MAP, CT_MAP, STAT_MAP, AGENT_MAP, N_MAPS };
+enum map { TEXT_MAP, NET_MAP, SET_MAP, SVC_MAP, CT_MAP, STAT_MAP, AGENT_MAP, DOOR_MAP, N_MAPS };
 
 static const char *const map_names[N_MAPS] = { "text_map", "net_map",  "set_map",  "svc_map",
-					       "ct_map",   "stat_map", "agent_map" };
+					       "ct_map",   "stat_map", "agent_map", "door_map" };
 
 #define KEY_MOST    28	  /* bytes of the longest key below */
+#define MAX_PLACES  16384 /* networks of pods; a node has one or two */
 #define SET_GRACE   1000  /* ms; the datapath holds on to a set for microseconds */
 #define WRITE_AGAIN 30000 /* ms until what a map did not take is tried again */
 
@@ -3514,6 +3522,8 @@ static struct maps {
 	struct table shared;
 	struct buf dying; /* struct dying, in the order of their ends */
 	struct buf ranges; /* elements of net_map that are no service's; sorted */
+	struct table places; /* struct place */
+	bool places_changed;
 	int64_t again_at; /* when services that `failed` are written again; INT64_MAX: none did */
 	struct buf udp;	  /* uint64_t: what maps_flush_udp may keep, see udp_mark */
 	bool udp_changed;
@@ -3617,6 +3627,37 @@ static uint64_t write_text(struct writing *w, const char *text, size_t n, bool s
 	return e.text.text;
 }
 
+/* Must it see our address, so that its replies come back here? */
+static bool backend_snat(const struct backend *b)
+{
+	return opt.snat == SNAT_ON || (opt.snat == SNAT_AUTO && !b->local);
+}
+
+/* A network of backends that want source NAT: pods of a node are reached by one route, so
+ * one of them is asked for. What is here once stays. */
+struct place {
+	struct link link;
+	struct in6_addr net, addr;
+};
+
+static void place_note(struct maps *m, const struct in6_addr *addr)
+{
+	struct place *p = NULL, new = { .net = *addr, .addr = *addr };
+	uint64_t hash;
+
+	addr_mask(&new.net, addr_is_v4(addr) ? 96 + 24 : 64);
+	hash = hash64(0, &new.net, sizeof(new.net));
+	while ((p = (struct place *)table_next(&m->places, (struct link *)p, hash)))
+		if (!memcmp(&p->net, &new.net, sizeof(new.net)))
+			return;
+	if (m->places.n == MAX_PLACES)
+		return warn("more than %d networks of pods: source NAT may be missing towards some", MAX_PLACES);
+	p = mem(NULL, sizeof(*p));
+	*p = new;
+	table_add(&m->places, &p->link, hash);
+	m->places_changed = true;
+}
+
 static void put_backend(struct writing *w, struct tl_backend *to, const struct backend *b,
 			uint32_t index)
 {
@@ -3626,10 +3667,12 @@ static void put_backend(struct writing *w, struct tl_backend *to, const struct b
 		.seed = seed ? seed : 1, /* 0 means none */
 		.node = write_text(w, b->node, strlen(b->node), true),
 		.port = htons(b->port),
-		.flags = b->local ? TL_BACKEND_LOCAL : 0,
+		.flags = (b->local ? TL_BACKEND_LOCAL : 0) | (backend_snat(b) ? TL_BACKEND_SNAT : 0),
 		.index = index,
 	};
 	memcpy(&to->addr, &b->addr, sizeof(to->addr));
+	if (backend_snat(b))
+		place_note(w->maps, &b->addr);
 }
 
 /* Writes the backends of an entry, at most TL_MAX_BACKENDS; the set's number is
@@ -3648,7 +3691,7 @@ static void write_set(struct writing *w, struct tl_svc *svc)
 	svc->n_backends = n;
 	svc->set = hash64(svc->name, &entry->scope, sizeof(entry->scope));
 	for (const struct backend *b = entry->backends; b < entry->backends + n; b++) {
-		svc->set ^= b->port ^ (uint64_t)b->local << 32;
+		svc->set ^= b->port ^ (uint64_t)b->local << 32 ^ (uint64_t)backend_snat(b) << 33;
 		svc->set = hash64(svc->set, &b->addr, sizeof(b->addr));
 		svc->set = hash64(svc->set, b->node, strlen(b->node));
 	}
@@ -4005,6 +4048,7 @@ struct link_news {
 	int ifindex;
 	bool gone;
 	unsigned short type; /* ARPHRD_* */
+	uint32_t mtu;
 	char name[IF_NAMESIZE];
 };
 
@@ -4080,7 +4124,49 @@ static bool link_read(const struct nlmsghdr *h, struct link_news *news)
 	for (const struct rtattr *a = IFLA_RTA(i); RTA_OK(a, left); a = RTA_NEXT(a, left))
 		if (a->rta_type == IFLA_IFNAME)
 			snprintf(news->name, sizeof(news->name), "%s", (const char *)RTA_DATA(a));
+		else if (a->rta_type == IFLA_MTU)
+			memcpy(&news->mtu, RTA_DATA(a), sizeof(news->mtu));
 	return true;
+}
+
+/* How the kernel would send to an address: by which interface, from which address. */
+struct route {
+	int ifindex; /* 0: not at all, or it is an address of ours */
+	struct in6_addr src;
+};
+
+static void on_route(void *arg, const struct nlmsghdr *h)
+{
+	const struct rtmsg *m = NLMSG_DATA(h);
+	struct route *r = arg;
+	int left = RTM_PAYLOAD(h);
+
+	if (h->nlmsg_type != RTM_NEWROUTE || m->rtm_type != RTN_UNICAST)
+		return;
+	for (const struct rtattr *a = RTM_RTA(m); RTA_OK(a, left); a = RTA_NEXT(a, left))
+		if (a->rta_type == RTA_OIF)
+			memcpy(&r->ifindex, RTA_DATA(a), sizeof(r->ifindex));
+		else if (a->rta_type == RTA_PREFSRC)
+			addr_take(&r->src, m->rtm_family, RTA_DATA(a));
+}
+
+/* Asks for it. False: there is no route. */
+static bool route_find(int fd, const struct in6_addr *to, struct route *r)
+{
+	bool v4 = addr_is_v4(to);
+	struct {
+		struct nlmsghdr h;
+		struct rtmsg m;
+		struct rtattr a;
+		struct in6_addr dst;
+	} ask = { .h = { .nlmsg_type = RTM_GETROUTE, .nlmsg_flags = NLM_F_REQUEST | NLM_F_ACK },
+		  .m = { .rtm_family = v4 ? AF_INET : AF_INET6, .rtm_dst_len = v4 ? 32 : 128 },
+		  .a = { .rta_type = RTA_DST, .rta_len = RTA_LENGTH(v4 ? 4 : 16) } };
+
+	memcpy(&ask.dst, v4 ? to->s6_addr + 12 : to->s6_addr, v4 ? 4 : 16);
+	ask.h.nlmsg_len = offsetof(typeof(ask), a) + ask.a.rta_len;
+	*r = (struct route){ 0 };
+	return send(fd, &ask, ask.h.nlmsg_len, 0) > 0 && netlink_wait(fd, on_route, r) && r->ifindex;
 }
 
 /* === doors (programs on interfaces) =======================================
@@ -4323,6 +4409,7 @@ static void doors_detach(int ifindex)
 	unpin("clsact", ifindex);
 	unpin("from", ifindex); /* a link goes with its last holder */
 	unpin("to", ifindex);
+	bpf_map_delete_elem(maps.fd[DOOR_MAP], &ifindex);
 }
 
 /* The name of the next file in a directory of a bpffs, but for those with a dot, which only
@@ -4446,6 +4533,10 @@ static int datapath_open(void)
 	clock_getres(CLOCK_MONOTONIC_COARSE, &tick); /* one jiffy */
 	bpf->rodata->tl_hz = (1000000000 + tick.tv_nsec / 2) / tick.tv_nsec;
 	bpf_map__set_max_entries(bpf->maps.ct_map, opt.flows);
+	bpf_program__set_autoload(bpf->progs.to_pods, opt.snat);
+	bpf_program__set_autoload(bpf->progs.to_pods_l2, opt.snat);
+	bpf_program__set_autoload(bpf->progs.from_pods, opt.snat);
+	bpf_program__set_autoload(bpf->progs.from_pods_l2, opt.snat);
 	return 0;
 }
 
@@ -4483,20 +4574,40 @@ static int datapath_load(struct maps *m)
 	return maps_pin(m, old_flows);
 }
 
+/* Name and type of the interface l->ifindex; false: there is none. */
+static bool link_find(struct link_news *l)
+{
+	int any = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+	struct ifreq dev = { .ifr_ifindex = l->ifindex };
+	bool there = !ioctl(any, SIOCGIFNAME, &dev) && !ioctl(any, SIOCGIFHWADDR, &dev);
+
+	close(any);
+	l->type = dev.ifr_hwaddr.sa_family;
+	memcpy(l->name, dev.ifr_name, sizeof(l->name));
+	return there;
+}
+
 /* By its ARPHRD_ type. */
 static bool is_ethernet(unsigned short type)
 {
 	return type == ARPHRD_ETHER || type == ARPHRD_LOOPBACK;
 }
 
-/* Both doors of an interface; 0, or -1 with why. */
-static int doors_attach(const struct link_news *l)
+/* Both doors of an interface, towards the VPN, or towards pods if `snat` has our addresses
+ * there. 0, or -1 with why. */
+static int doors_attach(const struct link_news *l, const struct in6_addr *snat)
 {
 	static const unsigned short bare[] = { ARPHRD_NONE,   ARPHRD_RAWIP,   ARPHRD_PPP,
 					       ARPHRD_TUNNEL, ARPHRD_TUNNEL6, ARPHRD_IPGRE };
 	bool l2 = is_ethernet(l->type), known = l2;
-	struct bpf_program *from = l2 ? bpf->progs.from_tailnet_l2 : bpf->progs.from_tailnet;
-	struct bpf_program *to = l2 ? bpf->progs.to_tailnet_l2 : bpf->progs.to_tailnet;
+	struct tail_lifter *o = bpf;
+	struct bpf_program *from = snat ? l2 ? o->progs.from_pods_l2 : o->progs.from_pods :
+				   l2	? o->progs.from_tailnet_l2 :
+					  o->progs.from_tailnet;
+	struct bpf_program *to = snat ? l2 ? o->progs.to_pods_l2 : o->progs.to_pods :
+				 l2   ? o->progs.to_tailnet_l2 :
+					o->progs.to_tailnet;
+	struct tl_door door = { .mtu = snat ? 0 : l->mtu };
 
 	for (size_t i = 0; i < ARRAY_SIZE(bare); i++)
 		known |= l->type == bare[i];
@@ -4504,12 +4615,16 @@ static int doors_attach(const struct link_news *l)
 		return fail("interface %s is of a kind we cannot read (ARPHRD type %d): it must "
 			    "carry Ethernet or bare IP",
 			    l->name, l->type);
-	if (!door_attach(to, "to", l->ifindex, false) &&
+	if (snat)
+		memcpy(door.snat, snat, sizeof(door.snat));
+	if (!bpf_map_update_elem(maps.fd[DOOR_MAP], &l->ifindex, &door, BPF_ANY) &&
+	    !door_attach(to, "to", l->ifindex, false) &&
 	    !door_attach(from, "from", l->ifindex, true))
 		return 0;
 	doors_detach(l->ifindex);
 	return fail("interface %s: %s", l->name, why);
 }
+
 /* === kubeconfig ===========================================================
  * Where the API server is and who we are: a pod's service account, or a
  * kubeconfig, in JSON or in the YAML that kubectl and k3s write (block maps and
@@ -5682,13 +5797,21 @@ static void api_stop(struct api *a)
  * here exits but by SIGTERM: what fails is said, and tried again when something
  * changes or a deadline comes. */
 #define MAX_IFACES 8 /* of --iface */
+#define MAX_FAR	   64 /* towards pods */
 
 enum wake_tag { WAKE_SIGNAL, WAKE_NETLINK, WAKE_API };
 
 struct iface {
 	char name[IF_NAMESIZE];
 	int ifindex;   /* 0: not there, or not ours yet */
+	uint32_t mtu;
 	uint64_t said; /* a hash of the last failure to attach */
+};
+
+/* With --snat: an interface towards pods, and our addresses there, IPv4 and IPv6. */
+struct far_iface {
+	int ifindex;
+	struct in6_addr snat[2];
 };
 
 static struct agent {
@@ -5696,6 +5819,9 @@ static struct agent {
 	struct api api;
 	struct iface iface[MAX_IFACES];
 	int n_iface;
+	struct far_iface far[MAX_FAR];
+	int n_far;
+	bool routes_changed;
 	int epoll_fd, signal_fd, netlink_fd;
 	int pin_fd;   /* its lock is ours as long as it is open */
 	bool attach;  /* the maps hold a state worth attaching to */
@@ -5732,6 +5858,7 @@ static void on_link(void *arg, const struct nlmsghdr *h)
 	struct link_news l;
 	uint64_t said;
 
+	a->routes_changed |= opt.snat;
 	if (!link_read(h, &l))
 		return;
 	had = iface_find(a, NULL, l.ifindex);
@@ -5741,19 +5868,34 @@ static void on_link(void *arg, const struct nlmsghdr *h)
 		doors_detach(l.ifindex);
 		had->ifindex = 0;
 	}
-	if (!is || is == had || !a->attach)
+	if (!is || !a->attach)
 		return;
+	if (is == had) {
+		if (is->mtu != l.mtu)
+			bpf_map_update_elem(maps.fd[DOOR_MAP], &l.ifindex, &(struct tl_door){ .mtu = l.mtu }, BPF_ANY);
+		is->mtu = l.mtu;
+		return;
+	}
 	if (is->ifindex) /* replaced by another of the same name */
 		doors_detach(is->ifindex);
 	is->ifindex = 0;
 	said = is->said;
-	is->said = doors_attach(&l) ? hash64(0, why, strlen(why)) : 0;
+	is->said = doors_attach(&l, NULL) ? hash64(0, why, strlen(why)) : 0;
 	if (is->said && is->said != said)
 		warn("%s", why);
 	if (is->said)
 		return;
 	is->ifindex = l.ifindex;
+	is->mtu = l.mtu;
 	note("attached to %s", is->name);
+}
+
+static struct far_iface *far_find(struct agent *a, int ifindex)
+{
+	for (struct far_iface *f = a->far; f < a->far + a->n_far; f++)
+		if (f->ifindex == ifindex)
+			return f;
+	return NULL;
 }
 
 /* Doors of an earlier run on interfaces that are gone or no longer asked for. */
@@ -5763,9 +5905,67 @@ static void ifaces_tidy(struct agent *a)
 	uint64_t *left = doors_list(&n);
 
 	for (size_t i = 0; i < n; i++)
-		if (!iface_find(a, NULL, left[i]))
+		if (!iface_find(a, NULL, left[i]) && !far_find(a, left[i]))
 			doors_detach(left[i]);
 	free(left);
+}
+
+/* By which interfaces, and from which addresses, are the backends reached that want source
+ * NAT? The VPN's is none: who masquerades there has done it already. */
+static void far_look(struct agent *a)
+{
+	int fd = netlink_open(0);
+	char name[IF_NAMESIZE];
+	struct far_iface *f;
+	struct route r;
+
+	a->n_far = 0;
+	TABLE_EACH (&maps.places, l) {
+		const struct in6_addr *addr = &((struct place *)l)->addr;
+
+		if (fd < 0 || !route_find(fd, addr, &r) || !if_indextoname(r.ifindex, name) ||
+		    iface_find(a, name, 0))
+			continue;
+		f = far_find(a, r.ifindex);
+		if (!f && a->n_far < MAX_FAR) {
+			f = &a->far[a->n_far++];
+			*f = (struct far_iface){ .ifindex = r.ifindex };
+		}
+		if (f)
+			f->snat[!addr_is_v4(addr)] = r.src;
+	}
+	close(fd);
+}
+
+/* Brings the doors towards pods to what routes say. */
+static void far_attach(struct agent *a)
+{
+	struct far_iface old[MAX_FAR];
+	int n_old = a->n_far;
+
+	if (!opt.snat || !a->attach || (!a->routes_changed && !maps.places_changed))
+		return;
+	memcpy(old, a->far, sizeof(old));
+	a->routes_changed = maps.places_changed = false;
+	far_look(a);
+	for (int i = 0; i < n_old; i++)
+		if (!far_find(a, old[i].ifindex))
+			doors_detach(old[i].ifindex);
+	for (int i = 0; i < a->n_far; i++) {
+		struct far_iface *f = &a->far[i], *was = NULL;
+		struct link_news l = { .ifindex = f->ifindex };
+
+		for (int k = 0; k < n_old; k++)
+			if (!memcmp(&old[k], f, sizeof(*f)))
+				was = &old[k];
+		if (was || !link_find(&l))
+			continue;
+		if (doors_attach(&l, f->snat)) {
+			warn("%s", why);
+			continue;
+		}
+		note("attached to %s, for source NAT", l.name);
+	}
 }
 
 static void ifaces_attach(struct agent *a)
@@ -5867,6 +6067,7 @@ static void loop_round(struct agent *a)
 		}
 	api_tick(&a->api, now_ms());
 	maps_tick(&maps, &a->model, now_ms());
+	far_attach(a);
 }
 
 /* Where the objects come from: a file is read at once, a server is asked from
@@ -5909,7 +6110,8 @@ static int agent_open(struct agent *a, bool once)
 			    agent_where(pin_dir_holder(a->pin_fd)), opt.pin_dir);
 	if (loop_open(a) || datapath_load(&maps))
 		return -1;
-	a->netlink_fd = netlink_open(RTMGRP_LINK);
+	a->netlink_fd = netlink_open(RTMGRP_LINK | (opt.snat ? RTMGRP_IPV4_ROUTE | RTMGRP_IPV6_ROUTE |
+						    RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR : 0));
 	if (a->netlink_fd < 0 || loop_watch(a, a->netlink_fd, WAKE_NETLINK))
 		return -1;
 	a->status.pid = getpid();
@@ -5934,6 +6136,7 @@ static int ifaces_attached(struct agent *a)
 			     "--iface names another",
 			     i->name);
 	}
+	far_attach(a);
 	ifaces_tidy(a);
 	return missing ? 1 : 0;
 }
@@ -6174,16 +6377,15 @@ static void flow_count(void *count, const struct tl_tuple *t, const struct tl_fl
 /* False: there is no such interface. */
 static bool door_read(int ifindex, struct door *d)
 {
-	int fd = pinned("to", ifindex), any = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-	struct ifreq dev = { .ifr_ifindex = ifindex };
+	struct link_news l = { .ifindex = ifindex };
 	struct bpf_link_info link;
-	bool there = !ioctl(any, SIOCGIFNAME, &dev) && !ioctl(any, SIOCGIFHWADDR, &dev);
+	bool there = link_find(&l);
+	int fd = pinned("to", ifindex);
 
 	*d = (struct door){ .ifindex = ifindex,
-			    .l2 = is_ethernet(dev.ifr_hwaddr.sa_family),
+			    .l2 = is_ethernet(l.type),
 			    .hook = is_tcx_link(fd, &link) ? "tcx" : "clsact" };
-	memcpy(d->name, dev.ifr_name, sizeof(d->name));
-	close(any);
+	memcpy(d->name, l.name, sizeof(d->name));
 	close(fd);
 	return there;
 }
@@ -6896,7 +7098,6 @@ static int options_unbuilt(void)
 	const char *word = opt.fast ? "--fast" :
 		opt.advertise	    ? "--advertise" :
 		opt.metrics	    ? "--metrics" :
-		opt.snat	    ? "--snat other than off" :
 				      NULL;
 
 	return word ? fail("%s is not in this version", word) : 0;
