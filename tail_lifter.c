@@ -4641,8 +4641,11 @@ static int doors_list(int *ifindex, int most)
 }
 
 /* --- the object: programs and maps ------------------------------------------ */
-static struct tail_lifter *bpf;
-static struct buf bpf_log; /* what libbpf and the verifier said while loading */
+static struct tail_lifter *bpf; /* while loading: it takes 140 kB */
+static struct buf bpf_log;	/* what libbpf and the verifier said meanwhile */
+static struct doors {
+	int from, to; /* descriptors of programs */
+} doors[2]; /* for bare IP; for Ethernet */
 
 static int on_libbpf(enum libbpf_print_level level, const char *fmt, va_list ap)
 {
@@ -4732,15 +4735,29 @@ static int maps_pin(int old_flows)
 	return 0;
 }
 
-static void maps_open(struct maps *m)
+/* A descriptor that outlives libbpf's. */
+static int keep(int fd)
 {
-	m->svc = bpf_map__fd(bpf->maps.svc_map);
-	m->set = bpf_map__fd(bpf->maps.set_map);
-	m->text = bpf_map__fd(bpf->maps.text_map);
-	m->net = bpf_map__fd(bpf->maps.net_map);
-	m->ct = bpf_map__fd(bpf->maps.ct_map);
-	m->stat = bpf_map__fd(bpf->maps.stat_map);
-	m->agent = bpf_map__fd(bpf->maps.agent_map);
+	return fcntl(fd, F_DUPFD_CLOEXEC, 0);
+}
+
+/* What we need of the object from now on; 0, or -1 with why. */
+static int datapath_keep(struct maps *m)
+{
+	m->svc = keep(bpf_map__fd(bpf->maps.svc_map));
+	m->set = keep(bpf_map__fd(bpf->maps.set_map));
+	m->text = keep(bpf_map__fd(bpf->maps.text_map));
+	m->net = keep(bpf_map__fd(bpf->maps.net_map));
+	m->ct = keep(bpf_map__fd(bpf->maps.ct_map));
+	m->stat = keep(bpf_map__fd(bpf->maps.stat_map));
+	m->agent = keep(bpf_map__fd(bpf->maps.agent_map));
+	doors[0].from = keep(bpf_program__fd(bpf->progs.from_tailnet));
+	doors[0].to = keep(bpf_program__fd(bpf->progs.to_tailnet));
+	doors[1].from = keep(bpf_program__fd(bpf->progs.from_tailnet_l2));
+	doors[1].to = keep(bpf_program__fd(bpf->progs.to_tailnet_l2));
+	tail_lifter__destroy(bpf);
+	bpf = NULL;
+	return doors[1].to < 0 ? fail("too many open files: raise ulimit -n") : 0; /* the last one */
 }
 
 /* Loads the programs, with the maps of an earlier run where there are any.
@@ -4774,8 +4791,7 @@ static int datapath_load(struct maps *m)
 	r = maps_pin(old_flows);
 	if (old_flows >= 0)
 		close(old_flows);
-	maps_open(m);
-	return r;
+	return r ? r : datapath_keep(m);
 }
 
 /* By its ARPHRD_ type. */
@@ -4790,14 +4806,12 @@ static int doors_attach(const struct link_news *l)
 	bool l2 = is_ethernet(l->type);
 	bool l3 = l->type == ARPHRD_NONE || l->type == ARPHRD_RAWIP || l->type == ARPHRD_PPP ||
 		  l->type == ARPHRD_TUNNEL || l->type == ARPHRD_TUNNEL6 || l->type == ARPHRD_IPGRE;
-	struct bpf_program *from = l2 ? bpf->progs.from_tailnet_l2 : bpf->progs.from_tailnet;
-	struct bpf_program *to = l2 ? bpf->progs.to_tailnet_l2 : bpf->progs.to_tailnet;
 
 	if (!l2 && !l3)
 		return fail("interface %s is of a kind we cannot read (ARPHRD type %d): it must carry Ethernet or "
 			    "bare IP", l->name, l->type);
-	if (door_attach(bpf_program__fd(to), "to", l->ifindex, false) ||
-	    door_attach(bpf_program__fd(from), "from", l->ifindex, true)) {
+	if (door_attach(doors[l2].to, "to", l->ifindex, false) ||
+	    door_attach(doors[l2].from, "from", l->ifindex, true)) {
 		doors_detach(l->ifindex);
 		return fail("interface %s: %s", l->name, why);
 	}
