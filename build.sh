@@ -678,7 +678,7 @@ verb_bench() { # [sync|packet]: how fast and how small, beside kube-proxy (an ho
 	local one
 	as_root bench
 	need ip:iproute2 curl:curl sysctl:procps jq:jq openssl:openssl unshare:util-linux iptables:iptables nft:nftables \
-		strace:strace bpftool:bpftool /usr/bin/python3:python3
+		bpftool:bpftool /usr/bin/python3:python3
 	verb_build
 	for one in "${@:-sync packet}"; do
 		for one in $one; do

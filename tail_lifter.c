@@ -4342,10 +4342,10 @@ static int door_attach_tc(int prog, const char *word, int ifindex, bool in)
 
 /* Puts `prog` behind a door; one of an earlier run is taken over in one step, so
  * no packet goes by unseen. 0, or -1 with why. */
-static int door_attach(const struct bpf_program *program, const char *word, int ifindex, bool in)
+static int door_attach(int prog, const char *word, int ifindex, bool in)
 {
 	struct bpf_link_info info;
-	int old = pinned(word, ifindex), prog = bpf_program__fd(program), link, r = -1;
+	int old = pinned(word, ifindex), link, r = -1;
 
 	if (old >= 0 && is_tcx_link(old, &info) && info.tcx.ifindex == (uint32_t)ifindex)
 		r = bpf_link_update(old, prog, NULL);
@@ -4444,8 +4444,15 @@ static uint64_t *doors_list(size_t *n)
 }
 
 /* --- the object: programs and maps ------------------------------------------ */
-static struct tail_lifter *bpf;
-static struct buf bpf_log; /* what libbpf and the verifier said while loading */
+static struct tail_lifter *bpf; /* while loading: it takes 140 kB */
+static struct buf bpf_log;	/* what libbpf and the verifier said meanwhile */
+
+/* Programs: towards the VPN, towards pods; on links of bare IP, of Ethernet; out, in. */
+static const char *const door_names[2][2][2] = {
+	{ { "to_tailnet", "from_tailnet" }, { "to_tailnet_l2", "from_tailnet_l2" } },
+	{ { "to_pods", "from_pods" }, { "to_pods_l2", "from_pods_l2" } },
+};
+static int door_fd[2][2][2];
 
 static int on_libbpf(enum libbpf_print_level level, const char *fmt, va_list ap)
 {
@@ -4522,6 +4529,12 @@ static int maps_pin(struct maps *m, int old_flows)
 	return 0;
 }
 
+/* The i-th of door_names. */
+static struct bpf_program *door_program(int i)
+{
+	return bpf_object__find_program_by_name(bpf->obj, door_names[i / 4][i / 2 % 2][i % 2]);
+}
+
 /* The object as it comes out of this file. 0, or -1 with why. */
 static int datapath_open(void)
 {
@@ -4533,10 +4546,8 @@ static int datapath_open(void)
 	clock_getres(CLOCK_MONOTONIC_COARSE, &tick); /* one jiffy */
 	bpf->rodata->tl_hz = (1000000000 + tick.tv_nsec / 2) / tick.tv_nsec;
 	bpf_map__set_max_entries(bpf->maps.ct_map, opt.flows);
-	bpf_program__set_autoload(bpf->progs.to_pods, opt.snat);
-	bpf_program__set_autoload(bpf->progs.to_pods_l2, opt.snat);
-	bpf_program__set_autoload(bpf->progs.from_pods, opt.snat);
-	bpf_program__set_autoload(bpf->progs.from_pods_l2, opt.snat);
+	for (int i = 0; i < 8; i++)
+		bpf_program__set_autoload(door_program(i), i < 4 || opt.snat);
 	return 0;
 }
 
@@ -4561,17 +4572,28 @@ static int datapath_verify(void)
 	return 0;
 }
 
+/* A descriptor that outlives libbpf's. */
+static int keep(int fd)
+{
+	return fcntl(fd, F_DUPFD_CLOEXEC, 0);
+}
+
 /* Loads the programs, with the maps of an earlier run where there are any.
  * 0, or -1 with why. */
 static int datapath_load(struct maps *m)
 {
-	int old_flows;
+	int old_flows, r;
 
 	if (datapath_open() || maps_reuse(&old_flows) || datapath_verify())
 		return -1;
 	for (int i = 0; i < N_MAPS; i++)
-		m->fd[i] = bpf_object__find_map_fd_by_name(bpf->obj, map_names[i]);
-	return maps_pin(m, old_flows);
+		m->fd[i] = keep(bpf_object__find_map_fd_by_name(bpf->obj, map_names[i]));
+	for (int i = 0; i < 8; i++)
+		door_fd[i / 4][i / 2 % 2][i % 2] = keep(bpf_program__fd(door_program(i)));
+	r = maps_pin(m, old_flows);
+	tail_lifter__destroy(bpf);
+	bpf = NULL;
+	return door_fd[0][1][1] < 0 ? fail("too many open files: raise ulimit -n") : r;
 }
 
 /* Name and type of the interface l->ifindex; false: there is none. */
@@ -4600,13 +4622,7 @@ static int doors_attach(const struct link_news *l, const struct in6_addr *snat)
 	static const unsigned short bare[] = { ARPHRD_NONE,   ARPHRD_RAWIP,   ARPHRD_PPP,
 					       ARPHRD_TUNNEL, ARPHRD_TUNNEL6, ARPHRD_IPGRE };
 	bool l2 = is_ethernet(l->type), known = l2;
-	struct tail_lifter *o = bpf;
-	struct bpf_program *from = snat ? l2 ? o->progs.from_pods_l2 : o->progs.from_pods :
-				   l2	? o->progs.from_tailnet_l2 :
-					  o->progs.from_tailnet;
-	struct bpf_program *to = snat ? l2 ? o->progs.to_pods_l2 : o->progs.to_pods :
-				 l2   ? o->progs.to_tailnet_l2 :
-					o->progs.to_tailnet;
+	const int *prog = door_fd[snat != NULL][l2];
 	struct tl_door door = { .mtu = snat ? 0 : l->mtu };
 
 	for (size_t i = 0; i < ARRAY_SIZE(bare); i++)
@@ -4618,8 +4634,8 @@ static int doors_attach(const struct link_news *l, const struct in6_addr *snat)
 	if (snat)
 		memcpy(door.snat, snat, sizeof(door.snat));
 	if (!bpf_map_update_elem(maps.fd[DOOR_MAP], &l->ifindex, &door, BPF_ANY) &&
-	    !door_attach(to, "to", l->ifindex, false) &&
-	    !door_attach(from, "from", l->ifindex, true))
+	    !door_attach(prog[0], "to", l->ifindex, false) &&
+	    !door_attach(prog[1], "from", l->ifindex, true))
 		return 0;
 	doors_detach(l->ifindex);
 	return fail("interface %s: %s", l->name, why);
