@@ -3658,17 +3658,17 @@ static void place_note(struct maps *m, const struct in6_addr *addr)
 	m->places_changed = true;
 }
 
-static void put_backend(struct writing *w, struct tl_backend *to, const struct backend *b,
-			uint32_t index)
+static void put_backend(struct writing *w, struct tl_chunk *chunk, uint32_t at,
+			const struct backend *b)
 {
 	uint64_t seed = hash64(b->port, &b->addr, sizeof(b->addr)); /* every node agrees on it */
+	struct tl_backend *to = &chunk->at[at];
 
+	chunk->seed[at] = seed ? seed : 1;
 	*to = (struct tl_backend){
-		.seed = seed ? seed : 1, /* 0 means none */
 		.node = write_text(w, b->node, strlen(b->node), true),
 		.port = htons(b->port),
 		.flags = (b->local ? TL_BACKEND_LOCAL : 0) | (backend_snat(b) ? TL_BACKEND_SNAT : 0),
-		.index = index,
 	};
 	memcpy(&to->addr, &b->addr, sizeof(to->addr));
 	if (backend_snat(b))
@@ -3700,7 +3700,7 @@ static void write_set(struct writing *w, struct tl_svc *svc)
 		for (uint32_t i = 0; i < TL_CHUNK; i++) {
 			uint32_t index = from + i < n ? from + i : from; /* see choose() */
 
-			put_backend(w, &chunk.at[i], &entry->backends[index], index);
+			put_backend(w, &chunk, i, &entry->backends[index]);
 		}
 		e.set.chunk = from / TL_CHUNK;
 		write_element(w, &e, &chunk, true);
