@@ -483,8 +483,8 @@ static int tls_parse(struct tls_trust *t, const struct pem *ca, const struct pem
 			    cert->text->len ? cert->from : key->from);
 	if (mbedtls_x509_crt_parse(&t->cert, (void *)cert->text->at, cert->text->len + 1))
 		return fail("%s: no client certificate in PEM form", cert->from);
-	if (mbedtls_pk_parse_key(&t->key, (void *)key->text->at, key->text->len + 1, NULL, 0, random,
-				 state))
+	if (mbedtls_pk_parse_key(&t->key, (void *)key->text->at, key->text->len + 1, NULL, 0,
+				 random, state))
 		return fail("%s: no usable client key (RSA or ECDSA in PEM form, not encrypted)",
 			    key->from);
 	if (mbedtls_pk_check_pair(&t->cert.pk, &t->key, random, state))
@@ -576,8 +576,8 @@ static int tls_explain(struct tls *t, int r)
 	if (r == MBEDTLS_ERR_NET_RECV_FAILED || r == MBEDTLS_ERR_NET_SEND_FAILED ||
 	    r == MBEDTLS_ERR_SSL_CONN_EOF)
 		return fail("the connection broke (%s)%s",
-			    r == MBEDTLS_ERR_SSL_CONN_EOF ? "closed" : strerror(t->error), !shaking ?
-			    "" : " in the TLS handshake: does the server take our client certificate?");
+			    r == MBEDTLS_ERR_SSL_CONN_EOF ? "closed" : strerror(t->error), !shaking ? "" :
+			    " in the TLS handshake: does the server take our client certificate?");
 	if (r == MBEDTLS_ERR_SSL_BAD_CERTIFICATE)
 		return fail("the server's certificate is not made for servers");
 	return fail("TLS failed (mbedTLS -0x%04x)", -r);
@@ -778,18 +778,6 @@ static int http_line(struct http *h, const char **at, size_t *n)
 	return 1;
 }
 
-static int http_status(struct http *h, const char *s)
-{
-	int n = 0;
-
-	if (sscanf(s, "HTTP/1.%*1[0-9] %3d%n", &h->status, &n) != 1 || n != 12 || h->status < 100 ||
-	    (s[12] && s[12] != ' '))
-		return http_alien(s);
-	h->keeps = s[7] != '0';
-	h->state = HTTP_HEADERS;
-	return 0;
-}
-
 static int http_header(struct http *h, char *s)
 {
 	size_t name = strcspn(s, ": \t");
@@ -844,32 +832,33 @@ static int http_framing(struct http *h)
 	return 0;
 }
 
-static int http_chunk_size(struct http *h, const char *s)
-{
-	size_t digits = strspn(s, "0123456789abcdefABCDEF");
-
-	if (!digits || digits > 15 || !memchr("; \t", s[digits], 4))
-		return fail("a chunk's size that is none: \"%.40s\"", s);
-	h->left = strtoull(s, NULL, 16);
-	h->state = h->left ? HTTP_CHUNK : HTTP_TRAILERS;
-	return 0;
-}
-
 /* h->line is whole: on to the next state. */
 static int http_step(struct http *h)
 {
+	char *s = h->line.at;
+	size_t digits = strspn(s, "0123456789abcdefABCDEF");
+	int n = 0;
+
 	switch (h->state) {
 	case HTTP_STATUS:
-		return http_status(h, h->line.at);
+		if (sscanf(s, "HTTP/1.%*1[0-9] %3d%n", &h->status, &n) != 1 || n != 12 ||
+		    h->status < 100 || (s[12] && s[12] != ' '))
+			return http_alien(s);
+		h->keeps = s[7] != '0';
+		h->state = HTTP_HEADERS;
+		return 0;
 	case HTTP_HEADERS:
-		return h->line.len ? http_header(h, h->line.at) : http_framing(h);
+		return *s ? http_header(h, s) : http_framing(h);
 	case HTTP_CHUNK_SIZE:
-		return http_chunk_size(h, h->line.at);
+		h->left = strtoull(s, NULL, 16);
+		h->state = h->left ? HTTP_CHUNK : HTTP_TRAILERS;
+		return !digits || digits > 15 || !memchr("; \t", s[digits], 4) ?
+			fail("a chunk's size that is none: \"%.40s\"", s) : 0;
 	case HTTP_CHUNK_END:
 		h->state = HTTP_CHUNK_SIZE;
-		return h->line.len ? fail("a chunk is longer than its size said") : 0;
+		return *s ? fail("a chunk is longer than its size said") : 0;
 	default: /* trailers */
-		h->state = h->line.len ? HTTP_TRAILERS : HTTP_DONE;
+		h->state = *s ? HTTP_TRAILERS : HTTP_DONE;
 		return 0;
 	}
 }
@@ -1312,8 +1301,8 @@ enum split_got { SPLIT_MORE, SPLIT_ITEM, SPLIT_HEAD, SPLIT_BAD };
 struct split { /* all zero + shape */
 	enum split_shape shape;
 	/* what split_feed just gave out, until the next call */
-	const char *text, *flaw; /* flaw: NULL, too long or too deep: text may be only a beginning */
-	size_t len, size, good;	 /* size: as it came, with white space and, of a HEAD, its items */
+	const char *text, *flaw; /* flaw: NULL, or too long or deep: text may be a beginning */
+	size_t len, size, good;	 /* size: as it came, with white space and a HEAD's items */
 	int nesting;
 	unsigned n_lists; /* arrays under "items" begun in this head: of two the last counts */
 	/* inside */
@@ -4686,19 +4675,19 @@ static int doors_attach(const struct link_news *l)
 
 /* YAML becomes JSON line by line. */
 struct yaml {
-	struct {
+	struct yaml_open {
 		int column;
 		char close;
-	} open[32]; /* the maps and lists we are in */
+	} open[32]; /* the maps and lists we are in; the first is none, left of all */
 	int n, line;
 	bool wants; /* a value: behind a key or a dash there was none yet */
 };
 
 static int yaml_bad(const struct yaml *y)
 {
-	return fail("line %d: not YAML as kubectl writes it: \"key: value\" and \"- item\" indented "
-		    "alike by spaces (no tab), each value on one line, plain, quoted, {} or []",
-		    y->line);
+	return fail("line %d: not YAML as kubectl writes it: \"key: value\" and \"- item\" "
+		    "indented alike by spaces (no tab), each value on one line, plain, quoted, {} "
+		    "or []", y->line);
 }
 
 /* Nothing more, or a comment. */
@@ -4744,24 +4733,25 @@ static int yaml_part(struct yaml *y, int column, const char *s, struct buf *out)
 {
 	bool dash = *s == '-' && (!s[1] || s[1] == ' '), begins;
 	const char *colon = s, *rest; /* behind the key, or the dash itself */
+	char close = dash ? ']' : '}';
+	struct yaml_open *top;
 
 	while (!dash && *colon && (*colon != ':' || (colon[1] && colon[1] != ' ')))
 		colon = strchr("\"'{[#", *colon) ? "" : colon + 1;
-	while (y->n && (column < y->open[y->n - 1].column ||
-			(column == y->open[y->n - 1].column && y->open[y->n - 1].close == ']' && !dash))) {
+	for (top = &y->open[y->n]; y->n; top = &y->open[--y->n]) {
+		if (column > top->column || (column == top->column && (dash || top->close == '}')))
+			break;
 		buf_add(out, "null", y->wants ? 4 : 0);
 		y->wants = false;
-		buf_add(out, &y->open[--y->n].close, 1);
+		buf_add(out, &top->close, 1);
 	}
 	if (column < 0)
 		return 0;
-	begins = !y->n || column > y->open[y->n - 1].column ||
-		y->open[y->n - 1].close != (dash ? ']' : '}');
-	if (begins ? !y->wants || y->n == ARRAY_SIZE(y->open) : !*colon)
+	begins = column > top->column || top->close != close;
+	if (begins ? !y->wants || y->n + 1 == ARRAY_SIZE(y->open) : !*colon)
 		return yaml_bad(y);
 	if (*colon && begins) {
-		y->open[y->n].column = column;
-		y->open[y->n++].close = dash ? ']' : '}';
+		y->open[++y->n] = (struct yaml_open){ column, close };
 		buf_add(out, dash ? "[" : "{", 1);
 	} else if (*colon) {
 		buf_printf(out, "%s,", y->wants ? "null" : "");
@@ -4779,7 +4769,7 @@ static int yaml_part(struct yaml *y, int column, const char *s, struct buf *out)
 /* `text`, which is taken apart, as JSON. */
 static int yaml_to_json(char *text, struct buf *out)
 {
-	struct yaml y = { .line = 1, .wants = true };
+	struct yaml y = { .open = { { .column = -1 } }, .line = 1, .wants = true };
 
 	for (char *next; *text; text = next, y.line++) {
 		size_t n = strcspn(text, "\n"), column;
@@ -5037,8 +5027,8 @@ static struct buf *config_text(struct reading *r)
 
 	if (host && !strcmp(r->c->origin, SERVICE_ACCOUNT)) { /* what its folder stands for */
 		buf_printf(out, "{\"contexts\":[{\"name\":\"\",\"context\":{\"user\":\"\"}}],"
-			   "\"clusters\":[{\"name\":\"\",\"cluster\":{\"server\":\"https://%s%s%s:%s\","
-			   "\"certificate-authority\":\"ca.crt\"}}],"
+			   "\"clusters\":[{\"name\":\"\",\"cluster\":{\"server\":"
+			   "\"https://%s%s%s:%s\",\"certificate-authority\":\"ca.crt\"}}],"
 			   "\"users\":[{\"name\":\"\",\"user\":{\"tokenFile\":\"token\"}}]}",
 			   strchr(host, ':') ? "[" : "", host, strchr(host, ':') ? "]" : "",
 			   port ? port : "443");
@@ -5319,8 +5309,8 @@ static void watch_request(struct api *a, struct watch *w)
 	if (w->kind == NODES)
 		escape(&target, opt.node);
 	if (w->ask != ASK_LIST)
-		buf_printf(&target, "&watch=true&allowWatchBookmarks=true&timeoutSeconds=%u%s", seconds,
-			   w->ask == ASK_WATCH ? "&resourceVersion=" :
+		buf_printf(&target, "&watch=true&allowWatchBookmarks=true&timeoutSeconds=%u%s",
+			   seconds, w->ask == ASK_WATCH ? "&resourceVersion=" :
 			   "&sendInitialEvents=true&resourceVersionMatch=NotOlderThan");
 	else if (!w->no_pages)
 		buf_printf(&target, "&limit=%d%s", LIST_PAGE, w->more.len ? "&continue=" : "");
@@ -5675,11 +5665,12 @@ static bool watch_bytes(struct api *a, struct model *m, struct watch *w, const c
 {
 	const char *body = NULL;
 	size_t body_n = 0;
+	struct http *h = &w->http;
 	bool closed = !n;
 	int r = GO_ON;
 
 	while (r == GO_ON) {
-		switch (closed ? http_eof(&w->http) : http_feed(&w->http, &at, &n, &body, &body_n)) {
+		switch (closed ? http_eof(h) : http_feed(h, &at, &n, &body, &body_n)) {
 		case HTTP_MORE:
 			return true;
 		case HTTP_HEAD:
@@ -5798,24 +5789,23 @@ static void api_ready(struct api *a, struct model *m, enum kind kind, uint32_t e
 /* A state has lasted as long as it may. */
 static void watch_late(struct api *a, struct watch *w)
 {
-	switch (w->state) {
-	case WATCH_RESTING:
+	if (w->state == WATCH_RESTING)
 		return watch_go(a, w);
-	case WATCH_CONNECTING:
+	if (w->state == WATCH_STREAMING) {
+		w->no_stream = true;
+		return watch_pause(a, w, true);
+	}
+	if (w->state == WATCH_FOLLOWING && a->now < w->until) {
+		w->deadline = w->until;
+		return watch_healed(a, w);
+	}
+	if (w->state == WATCH_CONNECTING) {
 		fail("no answer within %d s: check the address, the way to it, and firewalls",
 		     WAIT_CONNECT / 1000);
 		return watch_connect_next(a, w);
-	case WATCH_STREAMING:
-		w->no_stream = true;
-		return watch_pause(a, w, true);
-	default:
-		if (w->state == WATCH_FOLLOWING && a->now < w->until) {
-			w->deadline = w->until;
-			return watch_healed(a, w);
-		}
-		fail("the server does not go on answering about %s", resources[w->kind].word);
-		watch_fail(a, w);
 	}
+	fail("the server does not go on answering about %s", resources[w->kind].word);
+	watch_fail(a, w);
 }
 
 static void api_tick(struct api *a, int64_t now)
