@@ -5125,13 +5125,14 @@ enum watch_state {
 	WATCH_CONNECTING, /* tls is on its way to addrs[addr] */
 	WATCH_ASKING,	  /* tls is open; `text` is to be sent, then an answer's head comes */
 	WATCH_REFUSED,	  /* an error's body comes into `text` */
+	WATCH_PROBING,	  /* a list of one object comes: only its resourceVersion counts */
 	WATCH_LISTING,	  /* a page of a list comes into the model */
 	WATCH_STREAMING,  /* the list comes as events; a bookmark will end it */
 	WATCH_FOLLOWING,  /* the model is complete, rv says up to where; events change it */
 };
 
-/* What is asked; LIST and STREAM begin from nothing, WATCH needs rv. */
-enum watch_ask { ASK_STREAM, ASK_LIST, ASK_WATCH };
+/* What is asked; LIST and STREAM begin from nothing, the others need rv. */
+enum watch_ask { ASK_STREAM, ASK_LIST, ASK_PROBE, ASK_WATCH };
 
 struct watch {
 	enum watch_state state;
@@ -5143,6 +5144,7 @@ struct watch {
 	unsigned failures;	 /* in a row */
 	bool no_stream;		 /* the server cannot stream a list */
 	bool no_pages;		 /* paging was too slow for it: all in one */
+	bool lost;		 /* could not connect: the server may be another by now */
 	bool whole;		 /* the list's end was read */
 	bool reused;		 /* the connection had an answer before */
 	char rv[64];		 /* resume from here; "": list first */
@@ -5197,8 +5199,9 @@ static uint32_t random_bits(void)
 
 static void watch_enter(struct api *a, struct watch *w, enum watch_state state, int64_t wait)
 {
-	static const char *const names[] = { "resting", "resolving", "connecting", "asking",
-					     "refused", "listing",   "streaming",  "following" };
+	static const char *const names[] = { "resting", "resolving", "connecting",
+					     "asking",	"refused",   "probing",
+					     "listing", "streaming", "following" };
 
 	debug("%s: %s after %" PRId64 " ms, for at most %" PRId64, resources[w->kind].word,
 	      names[state], a->now - w->since, wait);
@@ -5242,7 +5245,8 @@ static void watch_pause(struct api *a, struct watch *w, bool eager)
 
 	pause = pause < PAUSE_MOST ? pause : PAUSE_MOST;
 	pause = eager && !w->failures ? 0 : pause / 2 + random_bits() % (pause / 2 + 1);
-	if (++w->failures > 5)
+	w->failures++;
+	if (w->ask == ASK_WATCH && w->state >= WATCH_ASKING && w->failures > 4)
 		w->rv[0] = 0; /* nothing comes of it */
 	buf_free(&w->more);
 	watch_close(a, w);
@@ -5259,9 +5263,10 @@ static void watch_fail(struct api *a, struct watch *w)
 	else if (!a->failed && (!w->least || w->failures > 4)) /* a busy server is asked again */
 		a->failed = strdup(why);
 	a->troubled |= 1 << w->kind;
-	for (int k = 0; k < N_KINDS && w->state < WATCH_ASKING; k++)
-		/* who cannot be reached may be another when it is back, with another etcd */
-		a->watch[k].rv[0] = a->watch[k].no_stream = 0;
+	for (int k = 0; k < N_KINDS && w->state < WATCH_ASKING; k++) {
+		a->watch[k].lost = true; /* it may come back as another, with another etcd */
+		a->watch[k].no_stream = false;
+	}
 	watch_pause(a, w, false);
 }
 
@@ -5269,6 +5274,7 @@ static void watch_fail(struct api *a, struct watch *w)
 static void watch_healed(struct api *a, struct watch *w)
 {
 	w->failures = 0;
+	w->lost = false;
 	if (!(a->troubled & 1 << w->kind) || (a->troubled &= ~(1 << w->kind)))
 		return;
 	note("%s: in touch again", a->config.source);
@@ -5304,11 +5310,16 @@ static void watch_request(struct api *a, struct watch *w)
 	unsigned seconds = 300 + random_bits() % 300;
 
 	w->until = a->now + (seconds + 30) * 1000;
-	w->ask = *w->rv ? ASK_WATCH : w->no_stream || a->once ? ASK_LIST : ASK_STREAM;
+	if (*w->rv)
+		w->ask = w->lost ? ASK_PROBE : ASK_WATCH;
+	else
+		w->ask = w->no_stream || a->once ? ASK_LIST : ASK_STREAM;
 	buf_printf(&target, "%s%s?%s", a->config.path, r->path, r->select);
 	if (w->kind == NODES)
 		escape(&target, opt.node);
-	if (w->ask != ASK_LIST)
+	if (w->ask == ASK_PROBE)
+		buf_printf(&target, "&limit=1");
+	else if (w->ask != ASK_LIST)
 		buf_printf(&target, "&watch=true&allowWatchBookmarks=true&timeoutSeconds=%u%s",
 			   seconds, w->ask == ASK_WATCH ? "&resourceVersion=" :
 			   "&sendInitialEvents=true&resourceVersionMatch=NotOlderThan");
@@ -5441,7 +5452,7 @@ static void watch_go(struct api *a, struct watch *w)
 static void watch_complete(struct api *a, struct model *m, struct watch *w)
 {
 	model_sweep(m, w->kind);
-	w->no_pages = false;
+	w->no_pages = w->lost = false;
 	json_reset(&a->json);
 	if (a->once && m->synced[SERVICES] && m->synced[SLICES] && w->kind != NODES)
 		a->watch[NODES].deadline = a->now; /* last, for its absence is no failure */
@@ -5457,12 +5468,15 @@ static void watch_follow(struct api *a, struct watch *w)
 /* An answer's head: a 200's body is what was asked for. */
 static int watch_head(struct api *a, struct model *m, struct watch *w)
 {
+	static const enum watch_state next[] = { WATCH_STREAMING, WATCH_LISTING, WATCH_PROBING };
+	bool list = w->ask == ASK_LIST || w->ask == ASK_PROBE;
+
 	if (w->http.status == 200 && *w->http.type &&
 	    strncasecmp(w->http.type, "application/json", 16))
 		return fail("the answer is %s, not JSON: is this the API server, or a portal?",
 			    w->http.type);
 	split_free(&w->split);
-	w->split = (struct split){ .shape = w->ask == ASK_LIST ? SPLIT_LIST : SPLIT_EVENTS };
+	w->split = (struct split){ .shape = list ? SPLIT_LIST : SPLIT_EVENTS };
 	w->text.len = 0;
 	w->whole = false;
 	if (w->http.status != 200) {
@@ -5470,10 +5484,9 @@ static int watch_head(struct api *a, struct model *m, struct watch *w)
 	} else if (w->ask == ASK_WATCH) {
 		watch_follow(a, w);
 	} else {
-		if (!w->more.len)
+		if (w->ask != ASK_PROBE && !w->more.len)
 			model_mark(m, w->kind);
-		watch_enter(a, w, w->ask == ASK_LIST ? WATCH_LISTING : WATCH_STREAMING,
-			    w->ask == ASK_LIST ? WAIT_BODY : WAIT_STREAM);
+		watch_enter(a, w, next[w->ask], list ? WAIT_BODY : WAIT_STREAM);
 	}
 	return GO_ON;
 }
@@ -5501,7 +5514,8 @@ static void watch_put(struct model *m, struct watch *w, const struct json *j, in
  * `status` is a Status in a->json, or something else. */
 static int watch_explain(struct api *a, struct watch *w, int code, int status)
 {
-	const char *word = resources[w->kind].word, *verb = w->ask == ASK_LIST ? "list" : "watch";
+	const char *word = resources[w->kind].word;
+	const char *verb = w->ask == ASK_LIST || w->ask == ASK_PROBE ? "list" : "watch";
 	struct buf words = { 0 };
 
 	buf_printf(&words, " (");
@@ -5605,6 +5619,12 @@ static int watch_list(struct api *a, struct model *m, struct watch *w)
 	if (!json_eq(j, json_get(j, 0, "kind"), kind) || !*object_rv(j, 0, rv))
 		return fail("the answer is no %s with a resourceVersion", kind);
 	w->whole = true;
+	if (w->state == WATCH_PROBING) {
+		if (strtoull(rv, NULL, 10) < strtoull(w->rv, NULL, 10))
+			w->rv[0] = 0; /* its past is not ours: from an older backup, or anew */
+		w->lost = false;
+		return GO_ON;
+	}
 	w->more.len = 0;
 	json_str(j, json_get(j, json_get(j, 0, "metadata"), "continue"), &w->more);
 	if (w->more.len)
@@ -5628,6 +5648,8 @@ static int watch_body(struct api *a, struct model *m, struct watch *w, const cha
 	while (r == GO_ON && (got = split_feed(&w->split, &at, &n)) != SPLIT_MORE) {
 		if (got == SPLIT_BAD)
 			return fail("the %s are no JSON: %s", resources[w->kind].word, why);
+		if (got == SPLIT_ITEM && w->state == WATCH_PROBING)
+			continue;
 		/* what is no good about it, model_put will say, for it can name it */
 		json_take(&a->json, &w->split);
 		if (w->split.shape == SPLIT_EVENTS)
