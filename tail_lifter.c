@@ -494,8 +494,8 @@ static int tls_parse(struct tls_trust *t, const struct pem *ca, const struct pem
 			    cert->text->len ? cert->from : key->from);
 	if (mbedtls_x509_crt_parse(&t->cert, (void *)cert->text->at, cert->text->len + 1))
 		return fail("%s: no client certificate in PEM form", cert->from);
-	if (mbedtls_pk_parse_key(&t->key, (void *)key->text->at, key->text->len + 1, NULL, 0, random,
-				 state))
+	if (mbedtls_pk_parse_key(&t->key, (void *)key->text->at, key->text->len + 1, NULL, 0,
+				 random, state))
 		return fail("%s: no usable client key (RSA or ECDSA in PEM form, not encrypted)",
 			    key->from);
 	if (mbedtls_pk_check_pair(&t->cert.pk, &t->key, random, state))
@@ -587,8 +587,8 @@ static int tls_explain(struct tls *t, int r)
 	if (r == MBEDTLS_ERR_NET_RECV_FAILED || r == MBEDTLS_ERR_NET_SEND_FAILED ||
 	    r == MBEDTLS_ERR_SSL_CONN_EOF)
 		return fail("the connection broke (%s)%s",
-			    r == MBEDTLS_ERR_SSL_CONN_EOF ? "closed" : strerror(t->error), !shaking ?
-			    "" : " in the TLS handshake: does the server take our client certificate?");
+			    r == MBEDTLS_ERR_SSL_CONN_EOF ? "closed" : strerror(t->error), !shaking ? "" :
+			    " in the TLS handshake: does the server take our client certificate?");
 	if (r == MBEDTLS_ERR_SSL_BAD_CERTIFICATE)
 		return fail("the server's certificate is not made for servers");
 	return fail("TLS failed (mbedTLS -0x%04x)", -r);
@@ -789,18 +789,6 @@ static int http_line(struct http *h, const char **at, size_t *n)
 	return 1;
 }
 
-static int http_status(struct http *h, const char *s)
-{
-	int n = 0;
-
-	if (sscanf(s, "HTTP/1.%*1[0-9] %3d%n", &h->status, &n) != 1 || n != 12 || h->status < 100 ||
-	    (s[12] && s[12] != ' '))
-		return http_alien(s);
-	h->keeps = s[7] != '0';
-	h->state = HTTP_HEADERS;
-	return 0;
-}
-
 static int http_header(struct http *h, char *s)
 {
 	size_t name = strcspn(s, ": \t");
@@ -855,32 +843,33 @@ static int http_framing(struct http *h)
 	return 0;
 }
 
-static int http_chunk_size(struct http *h, const char *s)
-{
-	size_t digits = strspn(s, "0123456789abcdefABCDEF");
-
-	if (!digits || digits > 15 || !memchr("; \t", s[digits], 4))
-		return fail("a chunk's size that is none: \"%.40s\"", s);
-	h->left = strtoull(s, NULL, 16);
-	h->state = h->left ? HTTP_CHUNK : HTTP_TRAILERS;
-	return 0;
-}
-
 /* h->line is whole: on to the next state. */
 static int http_step(struct http *h)
 {
+	char *s = h->line.at;
+	size_t digits = strspn(s, "0123456789abcdefABCDEF");
+	int n = 0;
+
 	switch (h->state) {
 	case HTTP_STATUS:
-		return http_status(h, h->line.at);
+		if (sscanf(s, "HTTP/1.%*1[0-9] %3d%n", &h->status, &n) != 1 || n != 12 ||
+		    h->status < 100 || (s[12] && s[12] != ' '))
+			return http_alien(s);
+		h->keeps = s[7] != '0';
+		h->state = HTTP_HEADERS;
+		return 0;
 	case HTTP_HEADERS:
-		return h->line.len ? http_header(h, h->line.at) : http_framing(h);
+		return *s ? http_header(h, s) : http_framing(h);
 	case HTTP_CHUNK_SIZE:
-		return http_chunk_size(h, h->line.at);
+		h->left = strtoull(s, NULL, 16);
+		h->state = h->left ? HTTP_CHUNK : HTTP_TRAILERS;
+		return !digits || digits > 15 || !memchr("; \t", s[digits], 4) ?
+			fail("a chunk's size that is none: \"%.40s\"", s) : 0;
 	case HTTP_CHUNK_END:
 		h->state = HTTP_CHUNK_SIZE;
-		return h->line.len ? fail("a chunk is longer than its size said") : 0;
+		return *s ? fail("a chunk is longer than its size said") : 0;
 	default: /* trailers */
-		h->state = h->line.len ? HTTP_TRAILERS : HTTP_DONE;
+		h->state = *s ? HTTP_TRAILERS : HTTP_DONE;
 		return 0;
 	}
 }
@@ -1323,8 +1312,8 @@ enum split_got { SPLIT_MORE, SPLIT_ITEM, SPLIT_HEAD, SPLIT_BAD };
 struct split { /* all zero + shape */
 	enum split_shape shape;
 	/* what split_feed just gave out, until the next call */
-	const char *text, *flaw; /* flaw: NULL, too long or too deep: text may be only a beginning */
-	size_t len, size, good;	 /* size: as it came, with white space and, of a HEAD, its items */
+	const char *text, *flaw; /* flaw: NULL, or too long or deep: text may be a beginning */
+	size_t len, size, good;	 /* size: as it came, with white space and a HEAD's items */
 	int nesting;
 	unsigned n_lists; /* arrays under "items" begun in this head: of two the last counts */
 	/* inside */
@@ -4651,19 +4640,19 @@ static int doors_attach(const struct link_news *l, const struct in6_addr *snat)
 
 /* YAML becomes JSON line by line. */
 struct yaml {
-	struct {
+	struct yaml_open {
 		int column;
 		char close;
-	} open[32]; /* the maps and lists we are in */
+	} open[32]; /* the maps and lists we are in; the first is none, left of all */
 	int n, line;
 	bool wants; /* a value: behind a key or a dash there was none yet */
 };
 
 static int yaml_bad(const struct yaml *y)
 {
-	return fail("line %d: not YAML as kubectl writes it: \"key: value\" and \"- item\" indented "
-		    "alike by spaces (no tab), each value on one line, plain, quoted, {} or []",
-		    y->line);
+	return fail("line %d: not YAML as kubectl writes it: \"key: value\" and \"- item\" "
+		    "indented alike by spaces (no tab), each value on one line, plain, quoted, {} "
+		    "or []", y->line);
 }
 
 /* Nothing more, or a comment. */
@@ -4709,24 +4698,25 @@ static int yaml_part(struct yaml *y, int column, const char *s, struct buf *out)
 {
 	bool dash = *s == '-' && (!s[1] || s[1] == ' '), begins;
 	const char *colon = s, *rest; /* behind the key, or the dash itself */
+	char close = dash ? ']' : '}';
+	struct yaml_open *top;
 
 	while (!dash && *colon && (*colon != ':' || (colon[1] && colon[1] != ' ')))
 		colon = strchr("\"'{[#", *colon) ? "" : colon + 1;
-	while (y->n && (column < y->open[y->n - 1].column ||
-			(column == y->open[y->n - 1].column && y->open[y->n - 1].close == ']' && !dash))) {
+	for (top = &y->open[y->n]; y->n; top = &y->open[--y->n]) {
+		if (column > top->column || (column == top->column && (dash || top->close == '}')))
+			break;
 		buf_add(out, "null", y->wants ? 4 : 0);
 		y->wants = false;
-		buf_add(out, &y->open[--y->n].close, 1);
+		buf_add(out, &top->close, 1);
 	}
 	if (column < 0)
 		return 0;
-	begins = !y->n || column > y->open[y->n - 1].column ||
-		y->open[y->n - 1].close != (dash ? ']' : '}');
-	if (begins ? !y->wants || y->n == ARRAY_SIZE(y->open) : !*colon)
+	begins = column > top->column || top->close != close;
+	if (begins ? !y->wants || y->n + 1 == ARRAY_SIZE(y->open) : !*colon)
 		return yaml_bad(y);
 	if (*colon && begins) {
-		y->open[y->n].column = column;
-		y->open[y->n++].close = dash ? ']' : '}';
+		y->open[++y->n] = (struct yaml_open){ column, close };
 		buf_add(out, dash ? "[" : "{", 1);
 	} else if (*colon) {
 		buf_printf(out, "%s,", y->wants ? "null" : "");
@@ -4744,7 +4734,7 @@ static int yaml_part(struct yaml *y, int column, const char *s, struct buf *out)
 /* `text`, which is taken apart, as JSON. */
 static int yaml_to_json(char *text, struct buf *out)
 {
-	struct yaml y = { .line = 1, .wants = true };
+	struct yaml y = { .open = { { .column = -1 } }, .line = 1, .wants = true };
 
 	for (char *next; *text; text = next, y.line++) {
 		size_t n = strcspn(text, "\n"), column;
@@ -5002,8 +4992,8 @@ static struct buf *config_text(struct reading *r)
 
 	if (host && !strcmp(r->c->origin, SERVICE_ACCOUNT)) { /* what its folder stands for */
 		buf_printf(out, "{\"contexts\":[{\"name\":\"\",\"context\":{\"user\":\"\"}}],"
-			   "\"clusters\":[{\"name\":\"\",\"cluster\":{\"server\":\"https://%s%s%s:%s\","
-			   "\"certificate-authority\":\"ca.crt\"}}],"
+			   "\"clusters\":[{\"name\":\"\",\"cluster\":{\"server\":"
+			   "\"https://%s%s%s:%s\",\"certificate-authority\":\"ca.crt\"}}],"
 			   "\"users\":[{\"name\":\"\",\"user\":{\"tokenFile\":\"token\"}}]}",
 			   strchr(host, ':') ? "[" : "", host, strchr(host, ':') ? "]" : "",
 			   port ? port : "443");
@@ -5101,13 +5091,14 @@ enum watch_state {
 	WATCH_CONNECTING, /* tls is on its way to addrs[addr] */
 	WATCH_ASKING,	  /* tls is open; `text` is to be sent, then an answer's head comes */
 	WATCH_REFUSED,	  /* an error's body comes into `text` */
+	WATCH_PROBING,	  /* a list of one object comes: only its resourceVersion counts */
 	WATCH_LISTING,	  /* a page of a list comes into the model */
 	WATCH_STREAMING,  /* the list comes as events; a bookmark will end it */
 	WATCH_FOLLOWING,  /* the model is complete, rv says up to where; events change it */
 };
 
-/* What is asked; LIST and STREAM begin from nothing, WATCH needs rv. */
-enum watch_ask { ASK_STREAM, ASK_LIST, ASK_WATCH };
+/* What is asked; LIST and STREAM begin from nothing, the others need rv. */
+enum watch_ask { ASK_STREAM, ASK_LIST, ASK_PROBE, ASK_WATCH };
 
 struct watch {
 	enum watch_state state;
@@ -5119,6 +5110,7 @@ struct watch {
 	unsigned failures;	 /* in a row */
 	bool no_stream;		 /* the server cannot stream a list */
 	bool no_pages;		 /* paging was too slow for it: all in one */
+	bool lost;		 /* could not connect: the server may be another by now */
 	bool whole;		 /* the list's end was read */
 	bool reused;		 /* the connection had an answer before */
 	char rv[64];		 /* resume from here; "": list first */
@@ -5173,8 +5165,9 @@ static uint32_t random_bits(void)
 
 static void watch_enter(struct api *a, struct watch *w, enum watch_state state, int64_t wait)
 {
-	static const char *const names[] = { "resting", "resolving", "connecting", "asking",
-					     "refused", "listing",   "streaming",  "following" };
+	static const char *const names[] = { "resting", "resolving", "connecting",
+					     "asking",	"refused",   "probing",
+					     "listing", "streaming", "following" };
 
 	debug("%s: %s after %" PRId64 " ms, for at most %" PRId64, resources[w->kind].word,
 	      names[state], a->now - w->since, wait);
@@ -5218,7 +5211,8 @@ static void watch_pause(struct api *a, struct watch *w, bool eager)
 
 	pause = pause < PAUSE_MOST ? pause : PAUSE_MOST;
 	pause = eager && !w->failures ? 0 : pause / 2 + random_bits() % (pause / 2 + 1);
-	if (++w->failures > 5)
+	w->failures++;
+	if (w->ask == ASK_WATCH && w->state >= WATCH_ASKING && w->failures > 4)
 		w->rv[0] = 0; /* nothing comes of it */
 	buf_free(&w->more);
 	watch_close(a, w);
@@ -5235,9 +5229,10 @@ static void watch_fail(struct api *a, struct watch *w)
 	else if (!a->failed && (!w->least || w->failures > 4)) /* a busy server is asked again */
 		a->failed = strdup(why);
 	a->troubled |= 1 << w->kind;
-	for (int k = 0; k < N_KINDS && w->state < WATCH_ASKING; k++)
-		/* who cannot be reached may be another when it is back, with another etcd */
-		a->watch[k].rv[0] = a->watch[k].no_stream = 0;
+	for (int k = 0; k < N_KINDS && w->state < WATCH_ASKING; k++) {
+		a->watch[k].lost = true; /* it may come back as another, with another etcd */
+		a->watch[k].no_stream = false;
+	}
 	watch_pause(a, w, false);
 }
 
@@ -5245,6 +5240,7 @@ static void watch_fail(struct api *a, struct watch *w)
 static void watch_healed(struct api *a, struct watch *w)
 {
 	w->failures = 0;
+	w->lost = false;
 	if (!(a->troubled & 1 << w->kind) || (a->troubled &= ~(1 << w->kind)))
 		return;
 	note("%s: in touch again", a->config.source);
@@ -5280,13 +5276,18 @@ static void watch_request(struct api *a, struct watch *w)
 	unsigned seconds = 300 + random_bits() % 300;
 
 	w->until = a->now + (seconds + 30) * 1000;
-	w->ask = *w->rv ? ASK_WATCH : w->no_stream || a->once ? ASK_LIST : ASK_STREAM;
+	if (*w->rv)
+		w->ask = w->lost ? ASK_PROBE : ASK_WATCH;
+	else
+		w->ask = w->no_stream || a->once ? ASK_LIST : ASK_STREAM;
 	buf_printf(&target, "%s%s?%s", a->config.path, r->path, r->select);
 	if (w->kind == NODES)
 		escape(&target, opt.node);
-	if (w->ask != ASK_LIST)
-		buf_printf(&target, "&watch=true&allowWatchBookmarks=true&timeoutSeconds=%u%s", seconds,
-			   w->ask == ASK_WATCH ? "&resourceVersion=" :
+	if (w->ask == ASK_PROBE)
+		buf_printf(&target, "&limit=1");
+	else if (w->ask != ASK_LIST)
+		buf_printf(&target, "&watch=true&allowWatchBookmarks=true&timeoutSeconds=%u%s",
+			   seconds, w->ask == ASK_WATCH ? "&resourceVersion=" :
 			   "&sendInitialEvents=true&resourceVersionMatch=NotOlderThan");
 	else if (!w->no_pages)
 		buf_printf(&target, "&limit=%d%s", LIST_PAGE, w->more.len ? "&continue=" : "");
@@ -5417,7 +5418,7 @@ static void watch_go(struct api *a, struct watch *w)
 static void watch_complete(struct api *a, struct model *m, struct watch *w)
 {
 	model_sweep(m, w->kind);
-	w->no_pages = false;
+	w->no_pages = w->lost = false;
 	json_reset(&a->json);
 	if (a->once && m->synced[SERVICES] && m->synced[SLICES] && !m->synced[NODES])
 		/* last, for their absence is no failure */
@@ -5434,12 +5435,15 @@ static void watch_follow(struct api *a, struct watch *w)
 /* An answer's head: a 200's body is what was asked for. */
 static int watch_head(struct api *a, struct model *m, struct watch *w)
 {
+	static const enum watch_state next[] = { WATCH_STREAMING, WATCH_LISTING, WATCH_PROBING };
+	bool list = w->ask == ASK_LIST || w->ask == ASK_PROBE;
+
 	if (w->http.status == 200 && *w->http.type &&
 	    strncasecmp(w->http.type, "application/json", 16))
 		return fail("the answer is %s, not JSON: is this the API server, or a portal?",
 			    w->http.type);
 	split_free(&w->split);
-	w->split = (struct split){ .shape = w->ask == ASK_LIST ? SPLIT_LIST : SPLIT_EVENTS };
+	w->split = (struct split){ .shape = list ? SPLIT_LIST : SPLIT_EVENTS };
 	w->text.len = 0;
 	w->whole = false;
 	if (w->http.status != 200) {
@@ -5447,10 +5451,9 @@ static int watch_head(struct api *a, struct model *m, struct watch *w)
 	} else if (w->ask == ASK_WATCH) {
 		watch_follow(a, w);
 	} else {
-		if (!w->more.len)
+		if (w->ask != ASK_PROBE && !w->more.len)
 			model_mark(m, w->kind);
-		watch_enter(a, w, w->ask == ASK_LIST ? WATCH_LISTING : WATCH_STREAMING,
-			    w->ask == ASK_LIST ? WAIT_BODY : WAIT_STREAM);
+		watch_enter(a, w, next[w->ask], list ? WAIT_BODY : WAIT_STREAM);
 	}
 	return GO_ON;
 }
@@ -5478,7 +5481,8 @@ static void watch_put(struct model *m, struct watch *w, const struct json *j, in
  * `status` is a Status in a->json, or something else. */
 static int watch_explain(struct api *a, struct watch *w, int code, int status)
 {
-	const char *word = resources[w->kind].word, *verb = w->ask == ASK_LIST ? "list" : "watch";
+	const char *word = resources[w->kind].word;
+	const char *verb = w->ask == ASK_LIST || w->ask == ASK_PROBE ? "list" : "watch";
 	struct buf words = { 0 };
 
 	buf_printf(&words, " (");
@@ -5584,6 +5588,12 @@ static int watch_list(struct api *a, struct model *m, struct watch *w)
 	if (!json_eq(j, json_get(j, 0, "kind"), kind) || !*object_rv(j, 0, rv))
 		return fail("the answer is no %s with a resourceVersion", kind);
 	w->whole = true;
+	if (w->state == WATCH_PROBING) {
+		if (strtoull(rv, NULL, 10) < strtoull(w->rv, NULL, 10))
+			w->rv[0] = 0; /* its past is not ours: from an older backup, or anew */
+		w->lost = false;
+		return GO_ON;
+	}
 	w->more.len = 0;
 	json_str(j, json_get(j, json_get(j, 0, "metadata"), "continue"), &w->more);
 	if (w->more.len)
@@ -5607,6 +5617,8 @@ static int watch_body(struct api *a, struct model *m, struct watch *w, const cha
 	while (r == GO_ON && (got = split_feed(&w->split, &at, &n)) != SPLIT_MORE) {
 		if (got == SPLIT_BAD)
 			return fail("the %s are no JSON: %s", resources[w->kind].word, why);
+		if (got == SPLIT_ITEM && w->state == WATCH_PROBING)
+			continue;
 		/* what is no good about it, model_put will say, for it can name it */
 		json_take(&a->json, &w->split);
 		if (w->split.shape == SPLIT_EVENTS)
@@ -5644,11 +5656,12 @@ static bool watch_bytes(struct api *a, struct model *m, struct watch *w, const c
 {
 	const char *body = NULL;
 	size_t body_n = 0;
+	struct http *h = &w->http;
 	bool closed = !n;
 	int r = GO_ON;
 
 	while (r == GO_ON) {
-		switch (closed ? http_eof(&w->http) : http_feed(&w->http, &at, &n, &body, &body_n)) {
+		switch (closed ? http_eof(h) : http_feed(h, &at, &n, &body, &body_n)) {
 		case HTTP_MORE:
 			return true;
 		case HTTP_HEAD:
@@ -5767,24 +5780,23 @@ static void api_ready(struct api *a, struct model *m, enum kind kind, uint32_t e
 /* A state has lasted as long as it may. */
 static void watch_late(struct api *a, struct watch *w)
 {
-	switch (w->state) {
-	case WATCH_RESTING:
+	if (w->state == WATCH_RESTING)
 		return watch_go(a, w);
-	case WATCH_CONNECTING:
+	if (w->state == WATCH_STREAMING) {
+		w->no_stream = true;
+		return watch_pause(a, w, true);
+	}
+	if (w->state == WATCH_FOLLOWING && a->now < w->until) {
+		w->deadline = w->until;
+		return watch_healed(a, w);
+	}
+	if (w->state == WATCH_CONNECTING) {
 		fail("no answer within %d s: check the address, the way to it, and firewalls",
 		     WAIT_CONNECT / 1000);
 		return watch_connect_next(a, w);
-	case WATCH_STREAMING:
-		w->no_stream = true;
-		return watch_pause(a, w, true);
-	default:
-		if (w->state == WATCH_FOLLOWING && a->now < w->until) {
-			w->deadline = w->until;
-			return watch_healed(a, w);
-		}
-		fail("the server does not go on answering about %s", resources[w->kind].word);
-		watch_fail(a, w);
 	}
+	fail("the server does not go on answering about %s", resources[w->kind].word);
+	watch_fail(a, w);
 }
 
 static void api_tick(struct api *a, int64_t now)
