@@ -3468,6 +3468,8 @@ static const char *const map_names[N_MAPS] = { "text_map", "net_map",  "set_map"
 #define KEY_MOST    28	  /* bytes of the longest key below */
 #define MAX_PLACES  16384 /* networks of pods; a node has one or two */
 #define SET_GRACE   1000  /* ms; the datapath holds on to a set for microseconds */
+#define SWEEP_LEAST 60000 /* ms from one sweep of ct_map to the next */
+#define SWEEP_GRACE 5	  /* seconds that a flow may be over before it is deleted */
 #define WRITE_AGAIN 30000 /* ms until what a map did not take is tried again */
 
 struct element {
@@ -3514,6 +3516,9 @@ static struct maps {
 	struct table places; /* struct place */
 	bool places_changed;
 	int64_t again_at; /* when services that `failed` are written again; INT64_MAX: none did */
+	int64_t sweep_at;     /* flows_sweep: not before */
+	int64_t sweep_due;    /* when the next of the flows is over that it has seen */
+	uint64_t flows_begun; /* TL_FLOW_NEW then */
 	struct buf udp;	  /* uint64_t: what maps_flush_udp may keep, see udp_mark */
 	bool udp_changed;
 	bool adopted; /* the first sync is done: nothing unknown is left in the maps */
@@ -3938,7 +3943,7 @@ static void flow_flush(void *arg, const struct tl_tuple *t, const struct tl_flow
 	uint16_t front_port = ntohs(request ? t->dport : f->sport);
 	uint16_t back_port = ntohs(request ? f->dport : t->sport);
 
-	if (t->proto != IPPROTO_UDP || (m->adopted && !number_in(&m->udp, f->name)))
+	if (t->proto != IPPROTO_UDP || t->dir > TL_REPLY || (m->adopted && !number_in(&m->udp, f->name)))
 		return;
 	memcpy(&front, request ? &t->dst : &f->src, sizeof(front));
 	memcpy(&back, request ? &f->dst : &t->src, sizeof(back));
@@ -3959,6 +3964,71 @@ static void maps_flush_udp(struct maps *m)
 	}
 	buf_free(&m->udp);
 	m->udp_changed = false;
+}
+
+/* Jiffies in a second. */
+static uint64_t jiffies_hz(void)
+{
+	struct timespec tick;
+
+	clock_getres(CLOCK_MONOTONIC_COARSE, &tick); /* one jiffy */
+	return (1000000000 + tick.tv_nsec / 2) / tick.tv_nsec;
+}
+
+/* bpf_jiffies64(), give or take a second or two: it begins at INITIAL_JIFFIES
+ * (linux/jiffies.h), five minutes before it overflows 32 bits, and runs as the clock. */
+static uint64_t jiffies_now(uint64_t hz)
+{
+	return (1ULL << 32) - 300 * hz + now_ms() * hz / 1000;
+}
+
+struct sweep {
+	int ct;
+	uint64_t hz, now;
+	int64_t next; /* seconds until one more is over */
+};
+
+static void flow_expire(void *arg, const struct tl_tuple *t, const struct tl_flow *f)
+{
+	struct sweep *s = arg;
+	int64_t left = tl_flow_idle(t->proto, f->state) - (int64_t)(s->now - f->seen) / (int64_t)s->hz;
+
+	if (left < -SWEEP_GRACE)
+		bpf_map_delete_elem(s->ct, t);
+	else if (left < s->next)
+		s->next = left;
+}
+
+static uint64_t counter_read(const struct maps *m, uint32_t reason)
+{
+	int cpus = libbpf_num_possible_cpus();
+	uint64_t *each = mem(NULL, cpus * sizeof(*each)), sum = 0;
+
+	if (!bpf_map_lookup_elem(m->fd[STAT_MAP], &reason, each))
+		for (int i = 0; i < cpus; i++)
+			sum += each[i];
+	free(each);
+	return sum;
+}
+
+/* Flows that are over make room for others before the table is full, which takes what was
+ * not used for longest and asks for no state. Done when we are awake anyway, if there are
+ * new flows since the last time or an old one is due: nothing wakes us for it. */
+static void flows_sweep(struct maps *m, int64_t now)
+{
+	struct sweep s = { .ct = m->fd[CT_MAP], .hz = jiffies_hz(), .next = INT32_MAX };
+	uint64_t begun;
+
+	if (now < m->sweep_at)
+		return;
+	m->sweep_at = now + SWEEP_LEAST;
+	begun = counter_read(m, TL_FLOW_NEW);
+	if (begun == m->flows_begun && now < m->sweep_due)
+		return;
+	s.now = jiffies_now(s.hz);
+	flows_walk(s.ct, flow_expire, &s);
+	m->flows_begun = begun;
+	m->sweep_due = now + (s.next + SWEEP_GRACE) * 1000;
 }
 
 /* --- adopting what an earlier run left ------------------------------------- */
@@ -4527,13 +4597,10 @@ static struct bpf_program *door_program(int i)
 /* The object as it comes out of this file. 0, or -1 with why. */
 static int datapath_open(void)
 {
-	struct timespec tick;
-
 	bpf = tail_lifter__open();
 	if (!bpf)
 		return fail("cannot open the BPF object: %s", strerror(errno));
-	clock_getres(CLOCK_MONOTONIC_COARSE, &tick); /* one jiffy */
-	bpf->rodata->tl_hz = (1000000000 + tick.tv_nsec / 2) / tick.tv_nsec;
+	bpf->rodata->tl_hz = jiffies_hz();
 	bpf_map__set_max_entries(bpf->maps.ct_map, opt.flows);
 	for (int i = 0; i < 8; i++)
 		bpf_program__set_autoload(door_program(i), i < 4 || opt.snat);
@@ -6095,6 +6162,7 @@ static void loop_round(struct agent *a)
 		}
 	api_tick(&a->api, now_ms());
 	maps_tick(&maps, &a->model, now_ms());
+	flows_sweep(&maps, now_ms());
 	far_attach(a);
 }
 
@@ -6421,9 +6489,9 @@ static bool door_read(int ifindex, struct door *d)
 static void overview_read(const struct maps *m, struct overview *o)
 {
 	struct bpf_map_info info = { 0 };
-	uint32_t zero = 0, len = sizeof(info), cpus = libbpf_num_possible_cpus();
-	uint64_t *each = mem(NULL, cpus * sizeof(*each)), *ifindex;
+	uint32_t zero = 0, len = sizeof(info);
 	int fd = pin_dir_fd();
+	uint64_t *ifindex;
 	time_t changed;
 	size_t n;
 
@@ -6442,9 +6510,7 @@ static void overview_read(const struct maps *m, struct overview *o)
 	for (size_t i = 0; i < n; i++)
 		o->n_doors += door_read(ifindex[i], &o->doors[o->n_doors]);
 	for (uint32_t i = 0; i < TL_N_REASONS; i++)
-		if (!bpf_map_lookup_elem(m->fd[STAT_MAP], &i, each))
-			for (uint32_t cpu = 0; cpu < cpus; cpu++)
-				o->counters[i] += each[cpu];
+		o->counters[i] = counter_read(m, i);
 }
 
 static void print_status_json(struct buf *out, const struct overview *o, const struct entry *e,
