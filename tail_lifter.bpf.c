@@ -608,7 +608,7 @@ __inline_always bool same_meaning(const struct tl_flow *a, const struct tl_flow 
 /* Nobody would hold it against us: conntrack would have forgotten it too. */
 __inline_always bool is_expired(__u8 proto, const struct tl_flow *flow)
 {
-	return bpf_jiffies64() - flow->seen > tl_flow_idle(proto, flow->state) * tl_hz;
+	return (__s64)(bpf_jiffies64() - flow->seen) > (__s64)(tl_flow_idle(proto, flow->state) * tl_hz);
 }
 
 /* Writes the other half of `flow` unless it is there; 0, TL_FLOW_HEALED if it
