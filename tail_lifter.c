@@ -5917,6 +5917,7 @@ static void api_stop(struct api *a)
  *   routes_null   without us there was no list at all, rather than an empty one */
 #define WATCH_PREFS  "watch-ipn-bus?mask=260" /* NotifyInitialPrefs; and NotifyRateLimit, for
 						 the net maps that come too */
+#define EDIT_ROUTES  "{\"AdvertiseRoutesSet\":true,\"AdvertiseRoutes\":"
 #define MAX_WORDS    256   /* bytes kept of an error's text */
 #define WAIT_LOCAL   10000 /* ms until tailscaled answers */
 #define REPAIR_LEAST 1000  /* ms from one repair to the next, if somebody else insists */
@@ -5938,7 +5939,7 @@ struct advert {
 
 /* What is to become of the routes that tailscaled advertises. */
 struct routes {
-	struct buf list;	/* JSON; empty: they are good as they are */
+	struct buf edit;	/* JSON that says it; empty: they are good as they are */
 	struct buf added, gone; /* struct advert */
 	bool null, ours;	/* there is no list; there is one with a route that we added */
 };
@@ -6009,27 +6010,15 @@ static int call_body(struct call *c, const char *at, size_t n,
 	}
 	while ((got = split_feed(&c->split, &at, &n)) != SPLIT_MORE) {
 		if (got == SPLIT_BAD)
-			return -1;
-		on_object(arg, &c->split);
+			return fail("the answer is no JSON: %s", why);
+		if (on_object)
+			on_object(arg, &c->split);
 	}
 	return 0;
 }
 
-static int call_end(struct call *c)
-{
-	const char *words = c->words.at ? c->words.at : "";
-	int n = c->words.len;
-
-	while (n && isspace((unsigned char)words[n - 1]))
-		n--;
-	if (c->http.status == 200)
-		return 1;
-	return fail("tailscaled says no: %d: %.*s%s", c->http.status, n, words,
-		    c->http.status == 403 ? ": run as root" : "");
-}
-
-/* Reads what there is; `on_object` gets each object. 1: that was the whole answer, 0: more
- * is to come, -1 with why. */
+/* Reads what there is; `on_object`, if any, gets each object. 1: that was the whole answer,
+ * 0: more is to come, -1 with why. */
 static int call_read(struct call *c, void (*on_object)(void *arg, const struct split *s), void *arg)
 {
 	const char *at, *body = NULL;
@@ -6051,8 +6040,11 @@ static int call_read(struct call *c, void (*on_object)(void *arg, const struct s
 		} while (got == HTTP_HEAD || got == HTTP_BODY);
 		if (got == HTTP_BAD)
 			return fail("tailscaled: %s", why);
+		if (got == HTTP_END && c->http.status == 200)
+			return 1;
 		if (got == HTTP_END)
-			return call_end(c);
+			return fail("tailscaled says no: %d: %s", c->http.status,
+				    c->words.at ? strtok(c->words.at, "\n") : "");
 	}
 	return 0;
 }
@@ -6078,7 +6070,8 @@ static int call_wait(const char *method, const char *target, const char *body, s
 	}
 	call_close(&c);
 	buf_add(&text, "", 0);
-	json_parse(j, text.at, text.len); /* of a long one the beginning will do */
+	if (r > 0)
+		json_parse(j, text.at, text.len); /* of a long one the beginning will do */
 	return r < 0 ? r : 0;
 }
 
@@ -6115,16 +6108,10 @@ static struct buf routes_of(struct buf ranges)
 
 static void routes_free(struct routes *r)
 {
-	buf_free(&r->list);
+	buf_free(&r->edit);
 	buf_free(&r->added);
 	buf_free(&r->gone);
 	*r = (struct routes){ 0 };
-}
-
-/* Are the n bytes of `text` among these routes? */
-static bool routes_have(const struct buf *routes, const char *text, size_t n)
-{
-	return routes->len && memmem(routes->at, routes->len, text, n);
 }
 
 /* What the preferences lack, and, if `sure`, have of us without need. */
@@ -6132,34 +6119,36 @@ static struct routes routes_edit(const struct json *j, int prefs, const struct b
 {
 	int list = json_get(j, prefs, "AdvertiseRoutes");
 	struct routes r = { .null = list < 0 };
+	bool null = false;
 
-	buf_add(&r.list, "[", 1);
+	buf_printf(&r.edit, EDIT_ROUTES "[");
 	for (int i = json_first(j, list); i >= 0; i = json_next(j, list, i)) {
-		int quote = json_is(j, i, JSMN_STRING), n = j->tok[i].end - j->tok[i].start + 2 * quote;
-		const char *text = j->text + j->tok[i].start - quote;
+		const char *text = j->text + j->tok[i].start - 1;
+		int n = j->tok[i].end - j->tok[i].start + 2; /* with the quotes */
 		bool ours = !access(pin_path(route_word(text), 0), F_OK);
 		struct advert gone = { 0 };
 
 		r.ours |= ours;
-		if (ours && sure && !routes_have(want, text, n)) {
+		if (ours && sure && !(want->len && memmem(want->at, want->len, text, n))) {
 			snprintf(gone.text, sizeof(gone.text), "%.*s", n, text);
 			buf_add(&r.gone, &gone, sizeof(gone));
 		} else {
-			buf_printf(&r.list, "%s%.*s", r.list.len > 1 ? "," : "", n, text);
+			buf_printf(&r.edit, "%.*s,", n, text);
 		}
 	}
 	ROUTES_EACH (w, want)
-		if (!strstr(r.list.at, w->text)) {
-			buf_printf(&r.list, "%s%s", r.list.len > 1 ? "," : "", w->text);
+		if (!strstr(r.edit.at, w->text)) {
+			buf_printf(&r.edit, "%s,", w->text);
 			buf_add(&r.added, w, sizeof(*w));
 		}
-	buf_add(&r.list, "]", 1);
-	if (r.list.len == 2 && !access(pin_path("routes_null", 0), F_OK)) {
-		r.list.len = 0;
-		buf_printf(&r.list, "null");
-	}
+	if (r.edit.at[r.edit.len - 1] == ',')
+		r.edit.len--;
+	else
+		null = !access(pin_path("routes_null", 0), F_OK);
+	r.edit.len -= null; /* the bracket */
+	buf_printf(&r.edit, null ? "null}" : "]}");
 	if (!r.added.len && !r.gone.len)
-		buf_free(&r.list);
+		buf_free(&r.edit);
 	return r;
 }
 
@@ -6176,26 +6165,13 @@ static int routes_record(const struct routes *r)
 	return 0;
 }
 
-/* What tailscaled is to be asked, to be freed. */
-static struct buf routes_body(const struct routes *r)
-{
-	struct buf body = { 0 };
-
-	buf_printf(&body, "{\"AdvertiseRoutesSet\":true,\"AdvertiseRoutes\":%s}", r->list.at);
-	return body;
-}
-
-/* They are written (`done`), or were refused: what is no longer ours, or never was? */
+/* They are written (`done`), or were refused: forgets what is ours no more, or never was. */
 static void routes_settle(struct routes *r, bool done)
 {
 	ROUTES_EACH (old, done ? &r->gone : &r->added)
 		unpin(route_word(old->text), 0);
-	ROUTES_EACH (a, &r->added)
-		if (done)
-			note("tailscaled now advertises %s", a->text);
-	ROUTES_EACH (g, &r->gone)
-		if (done)
-			note("tailscaled no longer advertises %s", g->text);
+	if (done)
+		note("tailscaled was told: %s", r->edit.at);
 	routes_free(r);
 }
 
@@ -6204,20 +6180,17 @@ static int routes_now(const struct buf *want, bool sure)
 {
 	struct json j = { 0 };
 	struct routes r;
-	struct buf body;
 	int failed = call_wait("GET", "prefs", "", &j);
 
 	if (failed)
 		return failed;
 	r = routes_edit(&j, 0, want, sure);
-	if (!r.list.len)
+	if (!r.edit.len)
 		return 0;
-	if (routes_record(&r))
-		return -1;
-	body = routes_body(&r);
-	failed = call_wait("PATCH", "prefs", body.at, &j);
+	failed = routes_record(&r);
+	if (!failed)
+		failed = call_wait("PATCH", "prefs", r.edit.at, &j);
 	routes_settle(&r, !failed);
-	buf_free(&body);
 	return failed;
 }
 
@@ -6236,31 +6209,25 @@ static void tailscaled_fail(struct tailscaled *t)
 	t->deadline = now_ms() + pause_after(t->failures++);
 }
 
-/* True: it is asked, and epoll will tell. */
-static bool tailscaled_ask(struct tailscaled *t, struct call *c, const char *method,
+/* Epoll will tell. */
+static void tailscaled_ask(struct tailscaled *t, struct call *c, const char *method,
 			   const char *target, const char *body)
 {
 	struct epoll_event e = { .events = EPOLLIN, .data.u32 = t->tag + (c == &t->edit) };
 
 	t->deadline = now_ms() + WAIT_LOCAL;
-	if (!call_open(c, method, target, body) && !epoll_ctl(t->epoll_fd, EPOLL_CTL_ADD, c->fd, &e))
-		return true;
-	tailscaled_fail(t);
-	return false;
+	if (call_open(c, method, target, body) || epoll_ctl(t->epoll_fd, EPOLL_CTL_ADD, c->fd, &e))
+		tailscaled_fail(t);
 }
 
 /* One repair at a time, and not more often than REPAIR_LEAST. */
 static void tailscaled_repair(struct tailscaled *t)
 {
 	int64_t now = now_ms();
-	struct buf body;
 
 	if (t->edit.fd)
 		return;
-	t->deadline = INT64_MAX;
-	if (!t->todo.list.len)
-		return;
-	t->deadline = t->edited + REPAIR_LEAST;
+	t->deadline = t->todo.edit.len ? t->edited + REPAIR_LEAST : INT64_MAX;
 	if (now < t->deadline)
 		return;
 	t->edited = now;
@@ -6269,9 +6236,7 @@ static void tailscaled_repair(struct tailscaled *t)
 	t->todo = (struct routes){ 0 };
 	if (routes_record(&t->doing))
 		return tailscaled_fail(t);
-	body = routes_body(&t->doing);
-	tailscaled_ask(t, &t->edit, "PATCH", "prefs", body.at);
-	buf_free(&body);
+	tailscaled_ask(t, &t->edit, "PATCH", "prefs", t->doing.edit.at);
 }
 
 /* News from the bus: preferences are all that we look for. */
@@ -6292,29 +6257,25 @@ static void on_notify(void *arg, const struct split *s)
 	t->seen = true;
 }
 
-static void on_nothing(void *arg, const struct split *s)
-{
-	(void)arg;
-	(void)s;
-}
-
 /* The descriptor of the bus (0) or of a repair (1) is ready. */
 static void tailscaled_ready(struct tailscaled *t, unsigned which)
 {
 	struct call *c = which ? &t->edit : &t->bus;
-	int r = c->fd ? call_read(c, which ? on_nothing : on_notify, t) : 0, status = c->http.status;
+	int r, status;
 
+	if (!c->fd) /* closed in this round */
+		return;
+	r = call_read(c, which ? NULL : on_notify, t);
+	status = c->http.status;
 	if (which && r && status) {
 		call_close(c);
 		routes_settle(&t->doing, status == 200);
 	}
-	if (!which && r > 0)
-		r = fail("tailscaled ended its bus");
-	if (r < 0)
+	if (r < 0 || (!which && r && fail("tailscaled ended its bus")))
 		return tailscaled_fail(t);
 	if (!t->seen)
 		return;
-	if (!t->edit.fd && !t->todo.list.len)
+	if (!t->edit.fd && !t->todo.edit.len)
 		t->failures = t->said = 0;
 	tailscaled_repair(t);
 }
@@ -6333,13 +6294,6 @@ static void tailscaled_want(struct tailscaled *t, struct buf ranges, bool sure)
 	call_close(&t->bus); /* anew: it begins with the preferences */
 	call_close(&t->edit);
 	t->deadline = now_ms();
-}
-
-/* tailscaled may have come back. */
-static void tailscaled_hurry(struct tailscaled *t)
-{
-	if (!t->bus.fd && t->deadline != INT64_MAX)
-		t->deadline = now_ms();
 }
 
 static void tailscaled_tick(struct tailscaled *t, int64_t now)
@@ -6455,7 +6409,8 @@ static void on_link(void *arg, const struct nlmsghdr *h)
 	is->ifindex = l.ifindex;
 	is->mtu = l.mtu;
 	note("attached to %s", is->name);
-	tailscaled_hurry(&a->tailscaled);
+	if (!a->tailscaled.bus.fd && a->tailscaled.deadline != INT64_MAX)
+		a->tailscaled.deadline = 0; /* it has come back */
 }
 
 static struct far_iface *far_find(struct agent *a, int ifindex)

@@ -28,6 +28,7 @@ check_says() {
 	grep -E "advertised|router|masquerade" "$dir/said"
 	grep -qE "$1" "$dir/said"
 }
+waited() { awk '/^voluntary/ { print $2 }' "/proc/${pid[lifter]}/status"; }
 records() { find "$pins" -name 'route*' -printf '%f ' 2>/dev/null; }
 
 echo "# --advertise"
@@ -59,6 +60,9 @@ for others in '' 192.168.7.0/24,2001:db8:7::/48; do
 	check "others $list: wiped once more, they are back within 2 s" quick both_ranges "$list"
 	tailscale node set --advertise-routes=192.168.8.0/24
 	check "others $list: as k3s's vpn-auth sets its own: both there" quick both_ranges '["192.168.8.0/24"]'
+	waits=$(waited)
+	sleep 5
+	check "others $list: nothing happens, nothing wakes it: $(($(waited) - waits)) times in 5 s" test "$(($(waited) - waits))" -le 3
 	tailscale node set --hostname=other
 	sleep 0.5
 	check "another preference changes: nothing else does" both_ranges '["192.168.8.0/24"]'
