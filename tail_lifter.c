@@ -5073,6 +5073,7 @@ static void watch_close(struct api *a, struct watch *w)
 	if (w->pipe)
 		close(w->pipe);
 	w->pipe = 0;
+	w->reused = false;
 	tls_close(&w->tls);
 	http_reset(&w->http);
 	split_free(&w->split);
