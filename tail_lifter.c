@@ -4945,7 +4945,7 @@ static int config_load(struct config *c, const char *origin)
 #define WAIT_BODY     30000  /* ms without a byte of a list */
 #define WAIT_STREAM   5000   /* ms until initial events; some servers do not know them */
 #define WAIT_LIST     300000 /* ms for one whole answer that is no watch */
-#define WAIT_CIDRS    5000   /* the same of ServiceCIDRs, until it begins too: the first sync waits */
+#define WAIT_CIDRS    5000   /* the same of ServiceCIDRs: the first sync waits */
 #define PROVEN	      5000   /* ms a watch must last to count as a success */
 #define PAUSE_LEAST   200
 #define PAUSE_MOST    30000
