@@ -5133,6 +5133,7 @@ static int config_load(struct config *c, const char *origin)
 #define WAIT_BODY     30000  /* ms without a byte of a list */
 #define WAIT_STREAM   5000   /* ms until initial events; some servers do not know them */
 #define WAIT_LIST     300000 /* ms for one whole answer that is no watch */
+#define WAIT_CIDRS    5000   /* the same of ServiceCIDRs: the first sync waits */
 #define PROVEN	      5000   /* ms a watch must last to count as a success */
 #define PAUSE_LEAST   200
 #define PAUSE_MOST    30000
@@ -5145,11 +5146,14 @@ static int config_load(struct config *c, const char *origin)
 
 static const struct resource {
 	const char *word, *path, *select;
+	int most; /* ms for one whole answer that is no watch */
 } resources[N_KINDS] = {
-	[SERVICES] = { "services", "/api/v1/services", SELECTOR },
-	[SLICES] = { "endpointslices", "/apis/discovery.k8s.io/v1/endpointslices", SELECTOR },
-	[NODES] = { "nodes", "/api/v1/nodes", "fieldSelector=metadata.name%3D" },
-	[SERVICE_CIDRS] = { "servicecidrs", "/apis/networking.k8s.io/v1/servicecidrs", "" },
+	[SERVICES] = { "services", "/api/v1/services", SELECTOR, WAIT_LIST },
+	[SLICES] = { "endpointslices", "/apis/discovery.k8s.io/v1/endpointslices", SELECTOR,
+		     WAIT_LIST },
+	[NODES] = { "nodes", "/api/v1/nodes", "fieldSelector=metadata.name%3D", WAIT_LIST },
+	[SERVICE_CIDRS] = { "servicecidrs", "/apis/networking.k8s.io/v1/servicecidrs", "",
+			    WAIT_CIDRS },
 };
 
 enum watch_state {
@@ -5264,6 +5268,7 @@ static void watch_close(struct api *a, struct watch *w)
 	if (w->pipe)
 		close(w->pipe);
 	w->pipe = 0;
+	w->reused = false;
 	tls_close(&w->tls);
 	http_reset(&w->http);
 	split_free(&w->split);
@@ -5293,6 +5298,8 @@ static void watch_fail(struct api *a, struct watch *w)
 	fail("%s: %s", a->config.source, why);
 	if (!a->once)
 		api_say(a, "; trying again");
+	else if (w->kind == SERVICE_CIDRS)
+		api_say(a, "; going on without them");
 	else if (!a->failed && (!w->least || w->failures > 4)) /* a busy server is asked again */
 		a->failed = strdup(why);
 	a->troubled |= 1 << w->kind;
@@ -5364,7 +5371,7 @@ static void watch_request(struct api *a, struct watch *w)
 	http_get(&w->text, strstr(a->config.source, "//") + 2, target.at,
 		 a->config.tls ? a->config.token.at : NULL);
 	buf_free(&target);
-	watch_enter(a, w, WATCH_ASKING, WAIT_ANSWER);
+	watch_enter(a, w, WATCH_ASKING, r->most < WAIT_ANSWER ? r->most : WAIT_ANSWER);
 	watch_write(a, w);
 }
 
@@ -5487,9 +5494,9 @@ static void watch_complete(struct api *a, struct model *m, struct watch *w)
 	model_sweep(m, w->kind);
 	w->no_pages = w->lost = false;
 	json_reset(&a->json);
-	if (a->once && m->synced[SERVICES] && m->synced[SLICES] && !m->synced[NODES])
+	if (a->once && w->kind < NODES && m->synced[SERVICES] && m->synced[SLICES])
 		/* last, for their absence is no failure */
-		a->watch[m->synced[SERVICE_CIDRS] ? NODES : SERVICE_CIDRS].deadline = a->now;
+		a->watch[NODES].deadline = a->watch[SERVICE_CIDRS].deadline = a->now;
 }
 
 static void watch_follow(struct api *a, struct watch *w)
@@ -5757,7 +5764,7 @@ static bool watch_bytes(struct api *a, struct model *m, struct watch *w, const c
 static void watch_read(struct api *a, struct model *m, struct watch *w)
 {
 	static char bytes[16384];
-	int64_t late;
+	int64_t late, most;
 
 	for (int i = 0; i < 64 || tls_holds(&w->tls); i++) {
 		ssize_t n = tls_read(&w->tls, bytes, sizeof(bytes));
@@ -5771,8 +5778,9 @@ static void watch_read(struct api *a, struct model *m, struct watch *w)
 		if (!watch_bytes(a, m, w, bytes, n > 0 ? n : 0))
 			return;
 		late = a->now + (w->state == WATCH_STREAMING ? WAIT_STREAM : WAIT_BODY);
+		most = w->since + resources[w->kind].most;
 		if (w->state > WATCH_ASKING && w->state < WATCH_FOLLOWING)
-			w->deadline = late < w->since + WAIT_LIST ? late : w->since + WAIT_LIST;
+			w->deadline = late < most ? late : most;
 	}
 	watch_arm(a, w);
 }
@@ -6071,12 +6079,13 @@ static void ifaces_attach(struct agent *a)
 }
 
 /* --- sync -------------------------------------------------------------------- */
+/* ServiceCIDRs hold nothing up once they have failed. */
 static bool all_synced(const struct agent *a)
 {
 	const bool *synced = a->model.synced;
 
 	return synced[SERVICES] && synced[SLICES] && synced[NODES] &&
-		(synced[SERVICE_CIDRS] || a->api.watch[SERVICE_CIDRS].failures);
+		(synced[SERVICE_CIDRS] || a->api.troubled & 1 << SERVICE_CIDRS);
 }
 
 /* After each round of events. The first time: may it be programmed at all? */
