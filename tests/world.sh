@@ -49,7 +49,7 @@ world_pod() {
 	local ns node=${3:-node} subnet=${4:-0}
 	ns=$(world_ns "pod-$1")
 	world_host "pod-$1"
-	ip link add eth0 mtu 1450 netns "$ns" type veth peer name "pod-$1" netns "$(world_ns "$node")"
+	ip link add eth0 mtu 1450 netns "$ns" type veth peer name "pod-$1" mtu 1450 netns "$(world_ns "$node")"
 	on "$node" ip link set "pod-$1" master cni0 up
 	ip -n "$ns" address add "10.42.$subnet.$2/24" dev eth0
 	ip -n "$ns" address add "fd42:0:0:$subnet::$2/64" dev eth0 nodad
