@@ -2847,6 +2847,8 @@ struct entry { /* one service port in one family and one scope */
 	struct backend *backends;   /* likewise */
 	struct backend *serving;    /* a UDP flow to one of these is not flushed (rule 17) */
 	int n_frontends, n_sources, n_backends, n_serving;
+	/* for --status: of the flows there are; [0] from clients, [1] to them */
+	uint64_t flows, packets[2], bytes[2];
 };
 
 /* An endpoint of one service port; of those with one address and port the
@@ -3207,6 +3209,18 @@ static void print_entries_json(struct buf *out, const struct entry *e, int n, bo
 }
 
 /* For people, as `wg show`. */
+/* "1.21 MiB" */
+static void print_size(struct buf *out, const char *before, uint64_t bytes)
+{
+	static const char *const units[] = { "B", "KiB", "MiB", "GiB", "TiB" };
+	double size = bytes;
+	int unit = 0;
+
+	for (; size >= 1024 && unit < 4; unit++)
+		size /= 1024;
+	buf_printf(out, unit ? "%s%.2f %s" : "%s%.0f %s", before, size, units[unit]);
+}
+
 static void print_entries_text(struct buf *out, const struct entry *e, int n)
 {
 	char text[INET6_ADDRSTRLEN + 4];
@@ -3234,6 +3248,13 @@ static void print_entries_text(struct buf *out, const struct entry *e, int n)
 				   e->drop_if_empty ? "dropped" : "rejected");
 		if (e->affinity)
 			buf_printf(out, "\n  affinity: %" PRIu32 " seconds", e->affinity);
+		if (e->flows)
+			buf_printf(out, "\n  flows: %" PRIu64, e->flows);
+		for (int way = 0; way < 2 && e->flows; way++) {
+			print_size(out, way ? ", " : "\n  transfer: ", e->bytes[way]);
+			buf_printf(out, " in %" PRIu64 " packets %s clients", e->packets[way],
+				   way ? "to" : "from");
+		}
 		buf_printf(out, "\n");
 	}
 }
@@ -6465,18 +6486,62 @@ struct overview {
 	struct door {
 		char name[IF_NAMESIZE];
 		int ifindex;
-		bool l2;
+		bool l2, pods; /* pods: towards them, for source NAT */
 		const char *hook;
 	} * doors;
 	size_t n_doors;
 	uint64_t counters[TL_N_REASONS];
 	char changed[32];
+	struct table fronts; /* whose flows they are */
 };
 
-static void flow_count(void *count, const struct tl_tuple *t, const struct tl_flow *f)
+/* A frontend of an entry. */
+struct front {
+	struct link link;
+	struct frontend at;
+	struct entry *of;
+};
+
+static uint64_t front_hash(const struct in6_addr *addr, uint16_t port, uint8_t proto)
 {
-	(void)f;
-	*(uint64_t *)count += t->dir == TL_REQUEST;
+	return hash64((uint64_t)port << 8 | proto, addr, sizeof(*addr));
+}
+
+static void flow_add(void *overview, const struct tl_tuple *t, const struct tl_flow *f)
+{
+	struct overview *o = overview;
+	bool back = t->dir == TL_REPLY;
+	const struct tl_addr *addr = back ? &f->src : &t->dst;
+	uint16_t port = ntohs(back ? f->sport : t->dport);
+	struct front *front = NULL;
+
+	if (t->dir > TL_REPLY)
+		return;
+	o->flows += !back;
+	while ((front = (struct front *)table_next(&o->fronts, (struct link *)front,
+						   front_hash((struct in6_addr *)addr, port, t->proto))))
+		if (!memcmp(&front->at.addr, addr, sizeof(*addr)) && front->at.port == port &&
+		    front->of->proto == t->proto)
+			break;
+	if (!front)
+		return;
+	front->of->flows += !back;
+	front->of->packets[back] += f->packets;
+	front->of->bytes[back] += f->bytes;
+}
+
+/* Counts flows, altogether and for each of the entries. */
+static void flows_read(const struct maps *m, struct overview *o, struct entry *e, int n)
+{
+	for (; n--; e++)
+		for (int i = 0; i < e->n_frontends; i++) {
+			struct front *front = mem(NULL, sizeof(*front));
+
+			*front = (struct front){ .at = e->frontends[i], .of = e };
+			table_add(&o->fronts, &front->link,
+				  front_hash(&front->at.addr, front->at.port, e->proto));
+		}
+	flows_walk(m->fd[CT_MAP], flow_add, o);
 }
 
 /* False: there is no such interface. */
@@ -6486,9 +6551,12 @@ static bool door_read(int ifindex, struct door *d)
 	struct bpf_link_info link;
 	bool there = link_find(&l);
 	int fd = pinned("to", ifindex);
+	struct tl_door door = { 0 };
 
+	bpf_map_lookup_elem(maps.fd[DOOR_MAP], &ifindex, &door);
 	*d = (struct door){ .ifindex = ifindex,
 			    .l2 = is_ethernet(l.type),
+			    .pods = door.snat[0].w[3] || door.snat[1].w[0],
 			    .hook = is_tcx_link(fd, &link) ? "tcx" : "clsact" };
 	memcpy(d->name, l.name, sizeof(d->name));
 	close(fd);
@@ -6513,7 +6581,6 @@ static void overview_read(const struct maps *m, struct overview *o)
 		strftime(o->changed, sizeof(o->changed), "%Y-%m-%dT%H:%M:%SZ", gmtime(&changed));
 	bpf_map_get_info_by_fd(m->fd[CT_MAP], &info, &len);
 	o->capacity = info.max_entries;
-	flows_walk(m->fd[CT_MAP], flow_count, &o->flows);
 	ifindex = doors_list(&n);
 	o->doors = mem(NULL, n * sizeof(*o->doors));
 	for (size_t i = 0; i < n; i++)
@@ -6538,8 +6605,9 @@ static void print_status_json(struct buf *out, const struct overview *o, const s
 		   o->agent.synced ? "true" : "false", o->changed);
 	for (struct door *d = o->doors; d < o->doors + o->n_doors; d++)
 		buf_printf(out,
-			   "%s{\"name\":\"%s\",\"ifindex\":%d,\"link\":\"l%d\",\"hook\":\"%s\"}",
-			   d > o->doors ? "," : "", d->name, d->ifindex, d->l2 ? 2 : 3, d->hook);
+			   "%s{\"name\":\"%s\",\"ifindex\":%d,\"link\":\"l%d\",\"hook\":\"%s\"%s}",
+			   d > o->doors ? "," : "", d->name, d->ifindex, d->l2 ? 2 : 3, d->hook,
+			   d->pods ? ",\"snat\":true" : "");
 	buf_printf(out, "],\n\"flows\":{\"count\":%" PRIu64 ",\"capacity\":%u},\n\"counters\":{",
 		   o->flows, o->capacity);
 	for (int i = 0; i < TL_N_REASONS; i++)
@@ -6557,7 +6625,8 @@ static void print_status_text(struct buf *out, const struct overview *o, const s
 		   o->agent.synced ? "" : " (not synced yet)", o->changed, o->agent.node,
 		   *o->agent.zone ? ", zone " : "", o->agent.zone);
 	for (struct door *d = o->doors; d < o->doors + o->n_doors; d++)
-		buf_printf(out, "\ninterface: %s\n  link: %s\n  hook: %s\n", d->name,
+		buf_printf(out, "\ninterface: %s%s\n  link: %s\n  hook: %s\n", d->name,
+			   d->pods ? " (towards pods, for source NAT)" : "",
 			   d->l2 ? "Ethernet" : "bare IP", d->hook);
 	if (!o->n_doors)
 		buf_printf(out, "\ninterface: (none attached)\n");
@@ -6587,6 +6656,7 @@ static int cmd_status(void)
 	}
 	overview_read(&maps, &o);
 	e = status_entries(&maps, opt.status_of, &n);
+	flows_read(&maps, &o, e, n);
 	if (opt.status_of && !n)
 		return fail("no service %s is served here", opt.status_of);
 	if (opt.json)
