@@ -261,6 +261,13 @@ static bool addr_parse(const char *s, size_t n, struct in6_addr *a)
 	return inet_pton(v6 ? AF_INET6 : AF_INET, text, v6 ? a->s6_addr : a->s6_addr + 12) == 1;
 }
 
+/* From the 4 or 16 bytes of an address of that family. */
+static void addr_take(struct in6_addr *a, int family, const void *bytes)
+{
+	*a = (struct in6_addr){ .s6_addr = { [10] = 0xff, [11] = 0xff } };
+	memcpy(family == AF_INET ? a->s6_addr + 12 : a->s6_addr, bytes, family == AF_INET ? 4 : 16);
+}
+
 /* The text of an address (RFC 5952); `text` has INET6_ADDRSTRLEN bytes and is
  * returned. Not inet_ntop: libraries differ in what they shorten. */
 static const char *addr_text(const struct in6_addr *a, char *text)
@@ -487,8 +494,8 @@ static int tls_parse(struct tls_trust *t, const struct pem *ca, const struct pem
 			    cert->text->len ? cert->from : key->from);
 	if (mbedtls_x509_crt_parse(&t->cert, (void *)cert->text->at, cert->text->len + 1))
 		return fail("%s: no client certificate in PEM form", cert->from);
-	if (mbedtls_pk_parse_key(&t->key, (void *)key->text->at, key->text->len + 1, NULL, 0, random,
-				 state))
+	if (mbedtls_pk_parse_key(&t->key, (void *)key->text->at, key->text->len + 1, NULL, 0,
+				 random, state))
 		return fail("%s: no usable client key (RSA or ECDSA in PEM form, not encrypted)",
 			    key->from);
 	if (mbedtls_pk_check_pair(&t->cert.pk, &t->key, random, state))
@@ -580,8 +587,8 @@ static int tls_explain(struct tls *t, int r)
 	if (r == MBEDTLS_ERR_NET_RECV_FAILED || r == MBEDTLS_ERR_NET_SEND_FAILED ||
 	    r == MBEDTLS_ERR_SSL_CONN_EOF)
 		return fail("the connection broke (%s)%s",
-			    r == MBEDTLS_ERR_SSL_CONN_EOF ? "closed" : strerror(t->error), !shaking ?
-			    "" : " in the TLS handshake: does the server take our client certificate?");
+			    r == MBEDTLS_ERR_SSL_CONN_EOF ? "closed" : strerror(t->error), !shaking ? "" :
+			    " in the TLS handshake: does the server take our client certificate?");
 	if (r == MBEDTLS_ERR_SSL_BAD_CERTIFICATE)
 		return fail("the server's certificate is not made for servers");
 	return fail("TLS failed (mbedTLS -0x%04x)", -r);
@@ -782,18 +789,6 @@ static int http_line(struct http *h, const char **at, size_t *n)
 	return 1;
 }
 
-static int http_status(struct http *h, const char *s)
-{
-	int n = 0;
-
-	if (sscanf(s, "HTTP/1.%*1[0-9] %3d%n", &h->status, &n) != 1 || n != 12 || h->status < 100 ||
-	    (s[12] && s[12] != ' '))
-		return http_alien(s);
-	h->keeps = s[7] != '0';
-	h->state = HTTP_HEADERS;
-	return 0;
-}
-
 static int http_header(struct http *h, char *s)
 {
 	size_t name = strcspn(s, ": \t");
@@ -848,32 +843,33 @@ static int http_framing(struct http *h)
 	return 0;
 }
 
-static int http_chunk_size(struct http *h, const char *s)
-{
-	size_t digits = strspn(s, "0123456789abcdefABCDEF");
-
-	if (!digits || digits > 15 || !memchr("; \t", s[digits], 4))
-		return fail("a chunk's size that is none: \"%.40s\"", s);
-	h->left = strtoull(s, NULL, 16);
-	h->state = h->left ? HTTP_CHUNK : HTTP_TRAILERS;
-	return 0;
-}
-
 /* h->line is whole: on to the next state. */
 static int http_step(struct http *h)
 {
+	char *s = h->line.at;
+	size_t digits = strspn(s, "0123456789abcdefABCDEF");
+	int n = 0;
+
 	switch (h->state) {
 	case HTTP_STATUS:
-		return http_status(h, h->line.at);
+		if (sscanf(s, "HTTP/1.%*1[0-9] %3d%n", &h->status, &n) != 1 || n != 12 ||
+		    h->status < 100 || (s[12] && s[12] != ' '))
+			return http_alien(s);
+		h->keeps = s[7] != '0';
+		h->state = HTTP_HEADERS;
+		return 0;
 	case HTTP_HEADERS:
-		return h->line.len ? http_header(h, h->line.at) : http_framing(h);
+		return *s ? http_header(h, s) : http_framing(h);
 	case HTTP_CHUNK_SIZE:
-		return http_chunk_size(h, h->line.at);
+		h->left = strtoull(s, NULL, 16);
+		h->state = h->left ? HTTP_CHUNK : HTTP_TRAILERS;
+		return !digits || digits > 15 || !memchr("; \t", s[digits], 4) ?
+			fail("a chunk's size that is none: \"%.40s\"", s) : 0;
 	case HTTP_CHUNK_END:
 		h->state = HTTP_CHUNK_SIZE;
-		return h->line.len ? fail("a chunk is longer than its size said") : 0;
+		return *s ? fail("a chunk is longer than its size said") : 0;
 	default: /* trailers */
-		h->state = h->line.len ? HTTP_TRAILERS : HTTP_DONE;
+		h->state = *s ? HTTP_TRAILERS : HTTP_DONE;
 		return 0;
 	}
 }
@@ -1316,8 +1312,8 @@ enum split_got { SPLIT_MORE, SPLIT_ITEM, SPLIT_HEAD, SPLIT_BAD };
 struct split { /* all zero + shape */
 	enum split_shape shape;
 	/* what split_feed just gave out, until the next call */
-	const char *text, *flaw; /* flaw: NULL, too long or too deep: text may be only a beginning */
-	size_t len, size, good;	 /* size: as it came, with white space and, of a HEAD, its items */
+	const char *text, *flaw; /* flaw: NULL, or too long or deep: text may be a beginning */
+	size_t len, size, good;	 /* size: as it came, with white space and a HEAD's items */
 	int nesting;
 	unsigned n_lists; /* arrays under "items" begun in this head: of two the last counts */
 	/* inside */
@@ -3464,13 +3460,16 @@ static int from_read(struct model *m, const char *file)
  * before what points; then drop those of the old list that the new one lacks. A set
  * of backends is named by a hash of its contents, so it never changes, and the switch
  * from one to the next is the write of one svc_map value. */
-enum map { TEXT_MAP, NET_MAP, SET_MAP, SVC_MAP, CT_MAP, STAT_MAP, AGENT_MAP, N_MAPS };
+enum map { TEXT_MAP, NET_MAP, SET_MAP, SVC_MAP, CT_MAP, STAT_MAP, AGENT_MAP, DOOR_MAP, N_MAPS };
 
 static const char *const map_names[N_MAPS] = { "text_map", "net_map",  "set_map",  "svc_map",
-					       "ct_map",   "stat_map", "agent_map" };
+					       "ct_map",   "stat_map", "agent_map", "door_map" };
 
 #define KEY_MOST    28	  /* bytes of the longest key below */
+#define MAX_PLACES  16384 /* networks of pods; a node has one or two */
 #define SET_GRACE   1000  /* ms; the datapath holds on to a set for microseconds */
+#define SWEEP_LEAST 60000 /* ms from one sweep of ct_map to the next */
+#define SWEEP_GRACE 5	  /* seconds that a flow may be over before it is deleted */
 #define WRITE_AGAIN 30000 /* ms until what a map did not take is tried again */
 
 struct element {
@@ -3514,7 +3513,12 @@ static struct maps {
 	struct table shared;
 	struct buf dying; /* struct dying, in the order of their ends */
 	struct buf ranges; /* elements of net_map that are no service's; sorted */
+	struct table places; /* struct place */
+	bool places_changed;
 	int64_t again_at; /* when services that `failed` are written again; INT64_MAX: none did */
+	int64_t sweep_at;     /* flows_sweep: not before */
+	int64_t sweep_due;    /* when the next of the flows is over that it has seen */
+	uint64_t flows_begun; /* TL_FLOW_NEW then */
 	struct buf udp;	  /* uint64_t: what maps_flush_udp may keep, see udp_mark */
 	bool udp_changed;
 	bool adopted; /* the first sync is done: nothing unknown is left in the maps */
@@ -3617,19 +3621,52 @@ static uint64_t write_text(struct writing *w, const char *text, size_t n, bool s
 	return e.text.text;
 }
 
-static void put_backend(struct writing *w, struct tl_backend *to, const struct backend *b,
-			uint32_t index)
+/* Must it see our address, so that its replies come back here? */
+static bool backend_snat(const struct backend *b)
+{
+	return opt.snat == SNAT_ON || (opt.snat == SNAT_AUTO && !b->local);
+}
+
+/* A network of backends that want source NAT: pods of a node are reached by one route, so
+ * one of them is asked for. What is here once stays. */
+struct place {
+	struct link link;
+	struct in6_addr net, addr;
+};
+
+static void place_note(struct maps *m, const struct in6_addr *addr)
+{
+	struct place *p = NULL, new = { .net = *addr, .addr = *addr };
+	uint64_t hash;
+
+	addr_mask(&new.net, addr_is_v4(addr) ? 96 + 24 : 64);
+	hash = hash64(0, &new.net, sizeof(new.net));
+	while ((p = (struct place *)table_next(&m->places, (struct link *)p, hash)))
+		if (!memcmp(&p->net, &new.net, sizeof(new.net)))
+			return;
+	if (m->places.n == MAX_PLACES)
+		return warn("more than %d networks of pods: source NAT may be missing towards some", MAX_PLACES);
+	p = mem(NULL, sizeof(*p));
+	*p = new;
+	table_add(&m->places, &p->link, hash);
+	m->places_changed = true;
+}
+
+static void put_backend(struct writing *w, struct tl_chunk *chunk, uint32_t at,
+			const struct backend *b)
 {
 	uint64_t seed = hash64(b->port, &b->addr, sizeof(b->addr)); /* every node agrees on it */
+	struct tl_backend *to = &chunk->at[at];
 
+	chunk->seed[at] = seed ? seed : 1;
 	*to = (struct tl_backend){
-		.seed = seed ? seed : 1, /* 0 means none */
 		.node = write_text(w, b->node, strlen(b->node), true),
 		.port = htons(b->port),
-		.flags = b->local ? TL_BACKEND_LOCAL : 0,
-		.index = index,
+		.flags = (b->local ? TL_BACKEND_LOCAL : 0) | (backend_snat(b) ? TL_BACKEND_SNAT : 0),
 	};
 	memcpy(&to->addr, &b->addr, sizeof(to->addr));
+	if (backend_snat(b))
+		place_note(w->maps, &b->addr);
 }
 
 /* Writes the backends of an entry, at most TL_MAX_BACKENDS; the set's number is
@@ -3648,7 +3685,7 @@ static void write_set(struct writing *w, struct tl_svc *svc)
 	svc->n_backends = n;
 	svc->set = hash64(svc->name, &entry->scope, sizeof(entry->scope));
 	for (const struct backend *b = entry->backends; b < entry->backends + n; b++) {
-		svc->set ^= b->port ^ (uint64_t)b->local << 32;
+		svc->set ^= b->port ^ (uint64_t)b->local << 32 ^ (uint64_t)backend_snat(b) << 33;
 		svc->set = hash64(svc->set, &b->addr, sizeof(b->addr));
 		svc->set = hash64(svc->set, b->node, strlen(b->node));
 	}
@@ -3657,7 +3694,7 @@ static void write_set(struct writing *w, struct tl_svc *svc)
 		for (uint32_t i = 0; i < TL_CHUNK; i++) {
 			uint32_t index = from + i < n ? from + i : from; /* see choose() */
 
-			put_backend(w, &chunk.at[i], &entry->backends[index], index);
+			put_backend(w, &chunk, i, &entry->backends[index]);
 		}
 		e.set.chunk = from / TL_CHUNK;
 		write_element(w, &e, &chunk, true);
@@ -3906,7 +3943,7 @@ static void flow_flush(void *arg, const struct tl_tuple *t, const struct tl_flow
 	uint16_t front_port = ntohs(request ? t->dport : f->sport);
 	uint16_t back_port = ntohs(request ? f->dport : t->sport);
 
-	if (t->proto != IPPROTO_UDP || (m->adopted && !number_in(&m->udp, f->name)))
+	if (t->proto != IPPROTO_UDP || t->dir > TL_REPLY || (m->adopted && !number_in(&m->udp, f->name)))
 		return;
 	memcpy(&front, request ? &t->dst : &f->src, sizeof(front));
 	memcpy(&back, request ? &f->dst : &t->src, sizeof(back));
@@ -3927,6 +3964,71 @@ static void maps_flush_udp(struct maps *m)
 	}
 	buf_free(&m->udp);
 	m->udp_changed = false;
+}
+
+/* Jiffies in a second. */
+static uint64_t jiffies_hz(void)
+{
+	struct timespec tick;
+
+	clock_getres(CLOCK_MONOTONIC_COARSE, &tick); /* one jiffy */
+	return (1000000000 + tick.tv_nsec / 2) / tick.tv_nsec;
+}
+
+/* bpf_jiffies64(), give or take a second or two: it begins at INITIAL_JIFFIES
+ * (linux/jiffies.h), five minutes before it overflows 32 bits, and runs as the clock. */
+static uint64_t jiffies_now(uint64_t hz)
+{
+	return (1ULL << 32) - 300 * hz + now_ms() * hz / 1000;
+}
+
+struct sweep {
+	int ct;
+	uint64_t hz, now;
+	int64_t next; /* seconds until one more is over */
+};
+
+static void flow_expire(void *arg, const struct tl_tuple *t, const struct tl_flow *f)
+{
+	struct sweep *s = arg;
+	int64_t left = tl_flow_idle(t->proto, f->state) - (int64_t)(s->now - f->seen) / (int64_t)s->hz;
+
+	if (left < -SWEEP_GRACE)
+		bpf_map_delete_elem(s->ct, t);
+	else if (left < s->next)
+		s->next = left;
+}
+
+static uint64_t counter_read(const struct maps *m, uint32_t reason)
+{
+	int cpus = libbpf_num_possible_cpus();
+	uint64_t *each = mem(NULL, cpus * sizeof(*each)), sum = 0;
+
+	if (!bpf_map_lookup_elem(m->fd[STAT_MAP], &reason, each))
+		for (int i = 0; i < cpus; i++)
+			sum += each[i];
+	free(each);
+	return sum;
+}
+
+/* Flows that are over make room for others before the table is full, which takes what was
+ * not used for longest and asks for no state. Done when we are awake anyway, if there are
+ * new flows since the last time or an old one is due: nothing wakes us for it. */
+static void flows_sweep(struct maps *m, int64_t now)
+{
+	struct sweep s = { .ct = m->fd[CT_MAP], .hz = jiffies_hz(), .next = INT32_MAX };
+	uint64_t begun;
+
+	if (now < m->sweep_at)
+		return;
+	m->sweep_at = now + SWEEP_LEAST;
+	begun = counter_read(m, TL_FLOW_NEW);
+	if (begun == m->flows_begun && now < m->sweep_due)
+		return;
+	s.now = jiffies_now(s.hz);
+	flows_walk(s.ct, flow_expire, &s);
+	m->flows_begun = begun;
+	m->sweep_due = now + (s.next + SWEEP_GRACE) * 1000;
 }
 
 /* --- adopting what an earlier run left ------------------------------------- */
@@ -4005,6 +4107,7 @@ struct link_news {
 	int ifindex;
 	bool gone;
 	unsigned short type; /* ARPHRD_* */
+	uint32_t mtu;
 	char name[IF_NAMESIZE];
 };
 
@@ -4080,7 +4183,49 @@ static bool link_read(const struct nlmsghdr *h, struct link_news *news)
 	for (const struct rtattr *a = IFLA_RTA(i); RTA_OK(a, left); a = RTA_NEXT(a, left))
 		if (a->rta_type == IFLA_IFNAME)
 			snprintf(news->name, sizeof(news->name), "%s", (const char *)RTA_DATA(a));
+		else if (a->rta_type == IFLA_MTU)
+			memcpy(&news->mtu, RTA_DATA(a), sizeof(news->mtu));
 	return true;
+}
+
+/* How the kernel would send to an address: by which interface, from which address. */
+struct route {
+	int ifindex; /* 0: not at all, or it is an address of ours */
+	struct in6_addr src;
+};
+
+static void on_route(void *arg, const struct nlmsghdr *h)
+{
+	const struct rtmsg *m = NLMSG_DATA(h);
+	struct route *r = arg;
+	int left = RTM_PAYLOAD(h);
+
+	if (h->nlmsg_type != RTM_NEWROUTE || m->rtm_type != RTN_UNICAST)
+		return;
+	for (const struct rtattr *a = RTM_RTA(m); RTA_OK(a, left); a = RTA_NEXT(a, left))
+		if (a->rta_type == RTA_OIF)
+			memcpy(&r->ifindex, RTA_DATA(a), sizeof(r->ifindex));
+		else if (a->rta_type == RTA_PREFSRC)
+			addr_take(&r->src, m->rtm_family, RTA_DATA(a));
+}
+
+/* Asks for it. False: there is no route. */
+static bool route_find(int fd, const struct in6_addr *to, struct route *r)
+{
+	bool v4 = addr_is_v4(to);
+	struct {
+		struct nlmsghdr h;
+		struct rtmsg m;
+		struct rtattr a;
+		struct in6_addr dst;
+	} ask = { .h = { .nlmsg_type = RTM_GETROUTE, .nlmsg_flags = NLM_F_REQUEST | NLM_F_ACK },
+		  .m = { .rtm_family = v4 ? AF_INET : AF_INET6, .rtm_dst_len = v4 ? 32 : 128 },
+		  .a = { .rta_type = RTA_DST, .rta_len = RTA_LENGTH(v4 ? 4 : 16) } };
+
+	memcpy(&ask.dst, v4 ? to->s6_addr + 12 : to->s6_addr, v4 ? 4 : 16);
+	ask.h.nlmsg_len = offsetof(typeof(ask), a) + ask.a.rta_len;
+	*r = (struct route){ 0 };
+	return send(fd, &ask, ask.h.nlmsg_len, 0) > 0 && netlink_wait(fd, on_route, r) && r->ifindex;
 }
 
 /* === doors (programs on interfaces) =======================================
@@ -4256,10 +4401,10 @@ static int door_attach_tc(int prog, const char *word, int ifindex, bool in)
 
 /* Puts `prog` behind a door; one of an earlier run is taken over in one step, so
  * no packet goes by unseen. 0, or -1 with why. */
-static int door_attach(const struct bpf_program *program, const char *word, int ifindex, bool in)
+static int door_attach(int prog, const char *word, int ifindex, bool in)
 {
 	struct bpf_link_info info;
-	int old = pinned(word, ifindex), prog = bpf_program__fd(program), link, r = -1;
+	int old = pinned(word, ifindex), link, r = -1;
 
 	if (old >= 0 && is_tcx_link(old, &info) && info.tcx.ifindex == (uint32_t)ifindex)
 		r = bpf_link_update(old, prog, NULL);
@@ -4323,6 +4468,7 @@ static void doors_detach(int ifindex)
 	unpin("clsact", ifindex);
 	unpin("from", ifindex); /* a link goes with its last holder */
 	unpin("to", ifindex);
+	bpf_map_delete_elem(maps.fd[DOOR_MAP], &ifindex);
 }
 
 /* The name of the next file in a directory of a bpffs, but for those with a dot, which only
@@ -4357,8 +4503,15 @@ static uint64_t *doors_list(size_t *n)
 }
 
 /* --- the object: programs and maps ------------------------------------------ */
-static struct tail_lifter *bpf;
-static struct buf bpf_log; /* what libbpf and the verifier said while loading */
+static struct tail_lifter *bpf; /* while loading: it takes 140 kB */
+static struct buf bpf_log;	/* what libbpf and the verifier said meanwhile */
+
+/* Programs: towards the VPN, towards pods; on links of bare IP, of Ethernet; out, in. */
+static const char *const door_names[2][2][2] = {
+	{ { "to_tailnet", "from_tailnet" }, { "to_tailnet_l2", "from_tailnet_l2" } },
+	{ { "to_pods", "from_pods" }, { "to_pods_l2", "from_pods_l2" } },
+};
+static int door_fd[2][2][2];
 
 static int on_libbpf(enum libbpf_print_level level, const char *fmt, va_list ap)
 {
@@ -4435,17 +4588,22 @@ static int maps_pin(struct maps *m, int old_flows)
 	return 0;
 }
 
+/* The i-th of door_names. */
+static struct bpf_program *door_program(int i)
+{
+	return bpf_object__find_program_by_name(bpf->obj, door_names[i / 4][i / 2 % 2][i % 2]);
+}
+
 /* The object as it comes out of this file. 0, or -1 with why. */
 static int datapath_open(void)
 {
-	struct timespec tick;
-
 	bpf = tail_lifter__open();
 	if (!bpf)
 		return fail("cannot open the BPF object: %s", strerror(errno));
-	clock_getres(CLOCK_MONOTONIC_COARSE, &tick); /* one jiffy */
-	bpf->rodata->tl_hz = (1000000000 + tick.tv_nsec / 2) / tick.tv_nsec;
+	bpf->rodata->tl_hz = jiffies_hz();
 	bpf_map__set_max_entries(bpf->maps.ct_map, opt.flows);
+	for (int i = 0; i < 8; i++)
+		bpf_program__set_autoload(door_program(i), i < 4 || opt.snat);
 	return 0;
 }
 
@@ -4470,17 +4628,41 @@ static int datapath_verify(void)
 	return 0;
 }
 
+/* A descriptor that outlives libbpf's. */
+static int keep(int fd)
+{
+	return fcntl(fd, F_DUPFD_CLOEXEC, 0);
+}
+
 /* Loads the programs, with the maps of an earlier run where there are any.
  * 0, or -1 with why. */
 static int datapath_load(struct maps *m)
 {
-	int old_flows;
+	int old_flows, r;
 
 	if (datapath_open() || maps_reuse(&old_flows) || datapath_verify())
 		return -1;
 	for (int i = 0; i < N_MAPS; i++)
-		m->fd[i] = bpf_object__find_map_fd_by_name(bpf->obj, map_names[i]);
-	return maps_pin(m, old_flows);
+		m->fd[i] = keep(bpf_object__find_map_fd_by_name(bpf->obj, map_names[i]));
+	for (int i = 0; i < 8; i++)
+		door_fd[i / 4][i / 2 % 2][i % 2] = keep(bpf_program__fd(door_program(i)));
+	r = maps_pin(m, old_flows);
+	tail_lifter__destroy(bpf);
+	bpf = NULL;
+	return door_fd[0][1][1] < 0 ? fail("too many open files: raise ulimit -n") : r;
+}
+
+/* Name and type of the interface l->ifindex; false: there is none. */
+static bool link_find(struct link_news *l)
+{
+	int any = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+	struct ifreq dev = { .ifr_ifindex = l->ifindex };
+	bool there = !ioctl(any, SIOCGIFNAME, &dev) && !ioctl(any, SIOCGIFHWADDR, &dev);
+
+	close(any);
+	l->type = dev.ifr_hwaddr.sa_family;
+	memcpy(l->name, dev.ifr_name, sizeof(l->name));
+	return there;
 }
 
 /* By its ARPHRD_ type. */
@@ -4489,14 +4671,15 @@ static bool is_ethernet(unsigned short type)
 	return type == ARPHRD_ETHER || type == ARPHRD_LOOPBACK;
 }
 
-/* Both doors of an interface; 0, or -1 with why. */
-static int doors_attach(const struct link_news *l)
+/* Both doors of an interface, towards the VPN, or towards pods if `snat` has our addresses
+ * there. 0, or -1 with why. */
+static int doors_attach(const struct link_news *l, const struct in6_addr *snat)
 {
 	static const unsigned short bare[] = { ARPHRD_NONE,   ARPHRD_RAWIP,   ARPHRD_PPP,
 					       ARPHRD_TUNNEL, ARPHRD_TUNNEL6, ARPHRD_IPGRE };
 	bool l2 = is_ethernet(l->type), known = l2;
-	struct bpf_program *from = l2 ? bpf->progs.from_tailnet_l2 : bpf->progs.from_tailnet;
-	struct bpf_program *to = l2 ? bpf->progs.to_tailnet_l2 : bpf->progs.to_tailnet;
+	const int *prog = door_fd[snat != NULL][l2];
+	struct tl_door door = { .mtu = snat ? 0 : l->mtu };
 
 	for (size_t i = 0; i < ARRAY_SIZE(bare); i++)
 		known |= l->type == bare[i];
@@ -4504,12 +4687,16 @@ static int doors_attach(const struct link_news *l)
 		return fail("interface %s is of a kind we cannot read (ARPHRD type %d): it must "
 			    "carry Ethernet or bare IP",
 			    l->name, l->type);
-	if (!door_attach(to, "to", l->ifindex, false) &&
-	    !door_attach(from, "from", l->ifindex, true))
+	if (snat)
+		memcpy(door.snat, snat, sizeof(door.snat));
+	if (!bpf_map_update_elem(maps.fd[DOOR_MAP], &l->ifindex, &door, BPF_ANY) &&
+	    !door_attach(prog[0], "to", l->ifindex, false) &&
+	    !door_attach(prog[1], "from", l->ifindex, true))
 		return 0;
 	doors_detach(l->ifindex);
 	return fail("interface %s: %s", l->name, why);
 }
+
 /* === kubeconfig ===========================================================
  * Where the API server is and who we are: a pod's service account, or a
  * kubeconfig, in JSON or in the YAML that kubectl and k3s write (block maps and
@@ -4520,19 +4707,19 @@ static int doors_attach(const struct link_news *l)
 
 /* YAML becomes JSON line by line. */
 struct yaml {
-	struct {
+	struct yaml_open {
 		int column;
 		char close;
-	} open[32]; /* the maps and lists we are in */
+	} open[32]; /* the maps and lists we are in; the first is none, left of all */
 	int n, line;
 	bool wants; /* a value: behind a key or a dash there was none yet */
 };
 
 static int yaml_bad(const struct yaml *y)
 {
-	return fail("line %d: not YAML as kubectl writes it: \"key: value\" and \"- item\" indented "
-		    "alike by spaces (no tab), each value on one line, plain, quoted, {} or []",
-		    y->line);
+	return fail("line %d: not YAML as kubectl writes it: \"key: value\" and \"- item\" "
+		    "indented alike by spaces (no tab), each value on one line, plain, quoted, {} "
+		    "or []", y->line);
 }
 
 /* Nothing more, or a comment. */
@@ -4578,24 +4765,25 @@ static int yaml_part(struct yaml *y, int column, const char *s, struct buf *out)
 {
 	bool dash = *s == '-' && (!s[1] || s[1] == ' '), begins;
 	const char *colon = s, *rest; /* behind the key, or the dash itself */
+	char close = dash ? ']' : '}';
+	struct yaml_open *top;
 
 	while (!dash && *colon && (*colon != ':' || (colon[1] && colon[1] != ' ')))
 		colon = strchr("\"'{[#", *colon) ? "" : colon + 1;
-	while (y->n && (column < y->open[y->n - 1].column ||
-			(column == y->open[y->n - 1].column && y->open[y->n - 1].close == ']' && !dash))) {
+	for (top = &y->open[y->n]; y->n; top = &y->open[--y->n]) {
+		if (column > top->column || (column == top->column && (dash || top->close == '}')))
+			break;
 		buf_add(out, "null", y->wants ? 4 : 0);
 		y->wants = false;
-		buf_add(out, &y->open[--y->n].close, 1);
+		buf_add(out, &top->close, 1);
 	}
 	if (column < 0)
 		return 0;
-	begins = !y->n || column > y->open[y->n - 1].column ||
-		y->open[y->n - 1].close != (dash ? ']' : '}');
-	if (begins ? !y->wants || y->n == ARRAY_SIZE(y->open) : !*colon)
+	begins = column > top->column || top->close != close;
+	if (begins ? !y->wants || y->n + 1 == ARRAY_SIZE(y->open) : !*colon)
 		return yaml_bad(y);
 	if (*colon && begins) {
-		y->open[y->n].column = column;
-		y->open[y->n++].close = dash ? ']' : '}';
+		y->open[++y->n] = (struct yaml_open){ column, close };
 		buf_add(out, dash ? "[" : "{", 1);
 	} else if (*colon) {
 		buf_printf(out, "%s,", y->wants ? "null" : "");
@@ -4613,7 +4801,7 @@ static int yaml_part(struct yaml *y, int column, const char *s, struct buf *out)
 /* `text`, which is taken apart, as JSON. */
 static int yaml_to_json(char *text, struct buf *out)
 {
-	struct yaml y = { .line = 1, .wants = true };
+	struct yaml y = { .open = { { .column = -1 } }, .line = 1, .wants = true };
 
 	for (char *next; *text; text = next, y.line++) {
 		size_t n = strcspn(text, "\n"), column;
@@ -4871,8 +5059,8 @@ static struct buf *config_text(struct reading *r)
 
 	if (host && !strcmp(r->c->origin, SERVICE_ACCOUNT)) { /* what its folder stands for */
 		buf_printf(out, "{\"contexts\":[{\"name\":\"\",\"context\":{\"user\":\"\"}}],"
-			   "\"clusters\":[{\"name\":\"\",\"cluster\":{\"server\":\"https://%s%s%s:%s\","
-			   "\"certificate-authority\":\"ca.crt\"}}],"
+			   "\"clusters\":[{\"name\":\"\",\"cluster\":{\"server\":"
+			   "\"https://%s%s%s:%s\",\"certificate-authority\":\"ca.crt\"}}],"
 			   "\"users\":[{\"name\":\"\",\"user\":{\"tokenFile\":\"token\"}}]}",
 			   strchr(host, ':') ? "[" : "", host, strchr(host, ':') ? "]" : "",
 			   port ? port : "443");
@@ -4974,13 +5162,14 @@ enum watch_state {
 	WATCH_CONNECTING, /* tls is on its way to addrs[addr] */
 	WATCH_ASKING,	  /* tls is open; `text` is to be sent, then an answer's head comes */
 	WATCH_REFUSED,	  /* an error's body comes into `text` */
+	WATCH_PROBING,	  /* a list of one object comes: only its resourceVersion counts */
 	WATCH_LISTING,	  /* a page of a list comes into the model */
 	WATCH_STREAMING,  /* the list comes as events; a bookmark will end it */
 	WATCH_FOLLOWING,  /* the model is complete, rv says up to where; events change it */
 };
 
-/* What is asked; LIST and STREAM begin from nothing, WATCH needs rv. */
-enum watch_ask { ASK_STREAM, ASK_LIST, ASK_WATCH };
+/* What is asked; LIST and STREAM begin from nothing, the others need rv. */
+enum watch_ask { ASK_STREAM, ASK_LIST, ASK_PROBE, ASK_WATCH };
 
 struct watch {
 	enum watch_state state;
@@ -4992,6 +5181,7 @@ struct watch {
 	unsigned failures;	 /* in a row */
 	bool no_stream;		 /* the server cannot stream a list */
 	bool no_pages;		 /* paging was too slow for it: all in one */
+	bool lost;		 /* could not connect: the server may be another by now */
 	bool whole;		 /* the list's end was read */
 	bool reused;		 /* the connection had an answer before */
 	char rv[64];		 /* resume from here; "": list first */
@@ -5046,8 +5236,9 @@ static uint32_t random_bits(void)
 
 static void watch_enter(struct api *a, struct watch *w, enum watch_state state, int64_t wait)
 {
-	static const char *const names[] = { "resting", "resolving", "connecting", "asking",
-					     "refused", "listing",   "streaming",  "following" };
+	static const char *const names[] = { "resting", "resolving", "connecting",
+					     "asking",	"refused",   "probing",
+					     "listing", "streaming", "following" };
 
 	debug("%s: %s after %" PRId64 " ms, for at most %" PRId64, resources[w->kind].word,
 	      names[state], a->now - w->since, wait);
@@ -5092,7 +5283,8 @@ static void watch_pause(struct api *a, struct watch *w, bool eager)
 
 	pause = pause < PAUSE_MOST ? pause : PAUSE_MOST;
 	pause = eager && !w->failures ? 0 : pause / 2 + random_bits() % (pause / 2 + 1);
-	if (++w->failures > 5)
+	w->failures++;
+	if (w->ask == ASK_WATCH && w->state >= WATCH_ASKING && w->failures > 4)
 		w->rv[0] = 0; /* nothing comes of it */
 	buf_free(&w->more);
 	watch_close(a, w);
@@ -5111,9 +5303,10 @@ static void watch_fail(struct api *a, struct watch *w)
 	else if (!a->failed && (!w->least || w->failures > 4)) /* a busy server is asked again */
 		a->failed = strdup(why);
 	a->troubled |= 1 << w->kind;
-	for (int k = 0; k < N_KINDS && w->state < WATCH_ASKING; k++)
-		/* who cannot be reached may be another when it is back, with another etcd */
-		a->watch[k].rv[0] = a->watch[k].no_stream = 0;
+	for (int k = 0; k < N_KINDS && w->state < WATCH_ASKING; k++) {
+		a->watch[k].lost = true; /* it may come back as another, with another etcd */
+		a->watch[k].no_stream = false;
+	}
 	watch_pause(a, w, false);
 }
 
@@ -5121,6 +5314,7 @@ static void watch_fail(struct api *a, struct watch *w)
 static void watch_healed(struct api *a, struct watch *w)
 {
 	w->failures = 0;
+	w->lost = false;
 	if (!(a->troubled & 1 << w->kind) || (a->troubled &= ~(1 << w->kind)))
 		return;
 	note("%s: in touch again", a->config.source);
@@ -5156,13 +5350,18 @@ static void watch_request(struct api *a, struct watch *w)
 	unsigned seconds = 300 + random_bits() % 300;
 
 	w->until = a->now + (seconds + 30) * 1000;
-	w->ask = *w->rv ? ASK_WATCH : w->no_stream || a->once ? ASK_LIST : ASK_STREAM;
+	if (*w->rv)
+		w->ask = w->lost ? ASK_PROBE : ASK_WATCH;
+	else
+		w->ask = w->no_stream || a->once ? ASK_LIST : ASK_STREAM;
 	buf_printf(&target, "%s%s?%s", a->config.path, r->path, r->select);
 	if (w->kind == NODES)
 		escape(&target, opt.node);
-	if (w->ask != ASK_LIST)
-		buf_printf(&target, "&watch=true&allowWatchBookmarks=true&timeoutSeconds=%u%s", seconds,
-			   w->ask == ASK_WATCH ? "&resourceVersion=" :
+	if (w->ask == ASK_PROBE)
+		buf_printf(&target, "&limit=1");
+	else if (w->ask != ASK_LIST)
+		buf_printf(&target, "&watch=true&allowWatchBookmarks=true&timeoutSeconds=%u%s",
+			   seconds, w->ask == ASK_WATCH ? "&resourceVersion=" :
 			   "&sendInitialEvents=true&resourceVersionMatch=NotOlderThan");
 	else if (!w->no_pages)
 		buf_printf(&target, "&limit=%d%s", LIST_PAGE, w->more.len ? "&continue=" : "");
@@ -5293,7 +5492,7 @@ static void watch_go(struct api *a, struct watch *w)
 static void watch_complete(struct api *a, struct model *m, struct watch *w)
 {
 	model_sweep(m, w->kind);
-	w->no_pages = false;
+	w->no_pages = w->lost = false;
 	json_reset(&a->json);
 	if (a->once && w->kind < NODES && m->synced[SERVICES] && m->synced[SLICES])
 		/* last, for their absence is no failure */
@@ -5310,12 +5509,15 @@ static void watch_follow(struct api *a, struct watch *w)
 /* An answer's head: a 200's body is what was asked for. */
 static int watch_head(struct api *a, struct model *m, struct watch *w)
 {
+	static const enum watch_state next[] = { WATCH_STREAMING, WATCH_LISTING, WATCH_PROBING };
+	bool list = w->ask == ASK_LIST || w->ask == ASK_PROBE;
+
 	if (w->http.status == 200 && *w->http.type &&
 	    strncasecmp(w->http.type, "application/json", 16))
 		return fail("the answer is %s, not JSON: is this the API server, or a portal?",
 			    w->http.type);
 	split_free(&w->split);
-	w->split = (struct split){ .shape = w->ask == ASK_LIST ? SPLIT_LIST : SPLIT_EVENTS };
+	w->split = (struct split){ .shape = list ? SPLIT_LIST : SPLIT_EVENTS };
 	w->text.len = 0;
 	w->whole = false;
 	if (w->http.status != 200) {
@@ -5323,10 +5525,9 @@ static int watch_head(struct api *a, struct model *m, struct watch *w)
 	} else if (w->ask == ASK_WATCH) {
 		watch_follow(a, w);
 	} else {
-		if (!w->more.len)
+		if (w->ask != ASK_PROBE && !w->more.len)
 			model_mark(m, w->kind);
-		watch_enter(a, w, w->ask == ASK_LIST ? WATCH_LISTING : WATCH_STREAMING,
-			    w->ask == ASK_LIST ? WAIT_BODY : WAIT_STREAM);
+		watch_enter(a, w, next[w->ask], list ? WAIT_BODY : WAIT_STREAM);
 	}
 	return GO_ON;
 }
@@ -5354,7 +5555,8 @@ static void watch_put(struct model *m, struct watch *w, const struct json *j, in
  * `status` is a Status in a->json, or something else. */
 static int watch_explain(struct api *a, struct watch *w, int code, int status)
 {
-	const char *word = resources[w->kind].word, *verb = w->ask == ASK_LIST ? "list" : "watch";
+	const char *word = resources[w->kind].word;
+	const char *verb = w->ask == ASK_LIST || w->ask == ASK_PROBE ? "list" : "watch";
 	struct buf words = { 0 };
 
 	buf_printf(&words, " (");
@@ -5460,6 +5662,12 @@ static int watch_list(struct api *a, struct model *m, struct watch *w)
 	if (!json_eq(j, json_get(j, 0, "kind"), kind) || !*object_rv(j, 0, rv))
 		return fail("the answer is no %s with a resourceVersion", kind);
 	w->whole = true;
+	if (w->state == WATCH_PROBING) {
+		if (strtoull(rv, NULL, 10) < strtoull(w->rv, NULL, 10))
+			w->rv[0] = 0; /* its past is not ours: from an older backup, or anew */
+		w->lost = false;
+		return GO_ON;
+	}
 	w->more.len = 0;
 	json_str(j, json_get(j, json_get(j, 0, "metadata"), "continue"), &w->more);
 	if (w->more.len)
@@ -5483,6 +5691,8 @@ static int watch_body(struct api *a, struct model *m, struct watch *w, const cha
 	while (r == GO_ON && (got = split_feed(&w->split, &at, &n)) != SPLIT_MORE) {
 		if (got == SPLIT_BAD)
 			return fail("the %s are no JSON: %s", resources[w->kind].word, why);
+		if (got == SPLIT_ITEM && w->state == WATCH_PROBING)
+			continue;
 		/* what is no good about it, model_put will say, for it can name it */
 		json_take(&a->json, &w->split);
 		if (w->split.shape == SPLIT_EVENTS)
@@ -5520,11 +5730,12 @@ static bool watch_bytes(struct api *a, struct model *m, struct watch *w, const c
 {
 	const char *body = NULL;
 	size_t body_n = 0;
+	struct http *h = &w->http;
 	bool closed = !n;
 	int r = GO_ON;
 
 	while (r == GO_ON) {
-		switch (closed ? http_eof(&w->http) : http_feed(&w->http, &at, &n, &body, &body_n)) {
+		switch (closed ? http_eof(h) : http_feed(h, &at, &n, &body, &body_n)) {
 		case HTTP_MORE:
 			return true;
 		case HTTP_HEAD:
@@ -5644,24 +5855,23 @@ static void api_ready(struct api *a, struct model *m, enum kind kind, uint32_t e
 /* A state has lasted as long as it may. */
 static void watch_late(struct api *a, struct watch *w)
 {
-	switch (w->state) {
-	case WATCH_RESTING:
+	if (w->state == WATCH_RESTING)
 		return watch_go(a, w);
-	case WATCH_CONNECTING:
+	if (w->state == WATCH_STREAMING) {
+		w->no_stream = true;
+		return watch_pause(a, w, true);
+	}
+	if (w->state == WATCH_FOLLOWING && a->now < w->until) {
+		w->deadline = w->until;
+		return watch_healed(a, w);
+	}
+	if (w->state == WATCH_CONNECTING) {
 		fail("no answer within %d s: check the address, the way to it, and firewalls",
 		     WAIT_CONNECT / 1000);
 		return watch_connect_next(a, w);
-	case WATCH_STREAMING:
-		w->no_stream = true;
-		return watch_pause(a, w, true);
-	default:
-		if (w->state == WATCH_FOLLOWING && a->now < w->until) {
-			w->deadline = w->until;
-			return watch_healed(a, w);
-		}
-		fail("the server does not go on answering about %s", resources[w->kind].word);
-		watch_fail(a, w);
 	}
+	fail("the server does not go on answering about %s", resources[w->kind].word);
+	watch_fail(a, w);
 }
 
 static void api_tick(struct api *a, int64_t now)
@@ -5690,13 +5900,21 @@ static void api_stop(struct api *a)
  * here exits but by SIGTERM: what fails is said, and tried again when something
  * changes or a deadline comes. */
 #define MAX_IFACES 8 /* of --iface */
+#define MAX_FAR	   64 /* towards pods */
 
 enum wake_tag { WAKE_SIGNAL, WAKE_NETLINK, WAKE_API };
 
 struct iface {
 	char name[IF_NAMESIZE];
 	int ifindex;   /* 0: not there, or not ours yet */
+	uint32_t mtu;
 	uint64_t said; /* a hash of the last failure to attach */
+};
+
+/* With --snat: an interface towards pods, and our addresses there, IPv4 and IPv6. */
+struct far_iface {
+	int ifindex;
+	struct in6_addr snat[2];
 };
 
 static struct agent {
@@ -5704,6 +5922,9 @@ static struct agent {
 	struct api api;
 	struct iface iface[MAX_IFACES];
 	int n_iface;
+	struct far_iface far[MAX_FAR];
+	int n_far;
+	bool routes_changed;
 	int epoll_fd, signal_fd, netlink_fd;
 	int pin_fd;   /* its lock is ours as long as it is open */
 	bool attach;  /* the maps hold a state worth attaching to */
@@ -5740,6 +5961,7 @@ static void on_link(void *arg, const struct nlmsghdr *h)
 	struct link_news l;
 	uint64_t said;
 
+	a->routes_changed |= opt.snat;
 	if (!link_read(h, &l))
 		return;
 	had = iface_find(a, NULL, l.ifindex);
@@ -5749,19 +5971,34 @@ static void on_link(void *arg, const struct nlmsghdr *h)
 		doors_detach(l.ifindex);
 		had->ifindex = 0;
 	}
-	if (!is || is == had || !a->attach)
+	if (!is || !a->attach)
 		return;
+	if (is == had) {
+		if (is->mtu != l.mtu)
+			bpf_map_update_elem(maps.fd[DOOR_MAP], &l.ifindex, &(struct tl_door){ .mtu = l.mtu }, BPF_ANY);
+		is->mtu = l.mtu;
+		return;
+	}
 	if (is->ifindex) /* replaced by another of the same name */
 		doors_detach(is->ifindex);
 	is->ifindex = 0;
 	said = is->said;
-	is->said = doors_attach(&l) ? hash64(0, why, strlen(why)) : 0;
+	is->said = doors_attach(&l, NULL) ? hash64(0, why, strlen(why)) : 0;
 	if (is->said && is->said != said)
 		warn("%s", why);
 	if (is->said)
 		return;
 	is->ifindex = l.ifindex;
+	is->mtu = l.mtu;
 	note("attached to %s", is->name);
+}
+
+static struct far_iface *far_find(struct agent *a, int ifindex)
+{
+	for (struct far_iface *f = a->far; f < a->far + a->n_far; f++)
+		if (f->ifindex == ifindex)
+			return f;
+	return NULL;
 }
 
 /* Doors of an earlier run on interfaces that are gone or no longer asked for. */
@@ -5771,9 +6008,67 @@ static void ifaces_tidy(struct agent *a)
 	uint64_t *left = doors_list(&n);
 
 	for (size_t i = 0; i < n; i++)
-		if (!iface_find(a, NULL, left[i]))
+		if (!iface_find(a, NULL, left[i]) && !far_find(a, left[i]))
 			doors_detach(left[i]);
 	free(left);
+}
+
+/* By which interfaces, and from which addresses, are the backends reached that want source
+ * NAT? The VPN's is none: who masquerades there has done it already. */
+static void far_look(struct agent *a)
+{
+	int fd = netlink_open(0);
+	char name[IF_NAMESIZE];
+	struct far_iface *f;
+	struct route r;
+
+	a->n_far = 0;
+	TABLE_EACH (&maps.places, l) {
+		const struct in6_addr *addr = &((struct place *)l)->addr;
+
+		if (fd < 0 || !route_find(fd, addr, &r) || !if_indextoname(r.ifindex, name) ||
+		    iface_find(a, name, 0))
+			continue;
+		f = far_find(a, r.ifindex);
+		if (!f && a->n_far < MAX_FAR) {
+			f = &a->far[a->n_far++];
+			*f = (struct far_iface){ .ifindex = r.ifindex };
+		}
+		if (f)
+			f->snat[!addr_is_v4(addr)] = r.src;
+	}
+	close(fd);
+}
+
+/* Brings the doors towards pods to what routes say. */
+static void far_attach(struct agent *a)
+{
+	struct far_iface old[MAX_FAR];
+	int n_old = a->n_far;
+
+	if (!opt.snat || !a->attach || (!a->routes_changed && !maps.places_changed))
+		return;
+	memcpy(old, a->far, sizeof(old));
+	a->routes_changed = maps.places_changed = false;
+	far_look(a);
+	for (int i = 0; i < n_old; i++)
+		if (!far_find(a, old[i].ifindex))
+			doors_detach(old[i].ifindex);
+	for (int i = 0; i < a->n_far; i++) {
+		struct far_iface *f = &a->far[i], *was = NULL;
+		struct link_news l = { .ifindex = f->ifindex };
+
+		for (int k = 0; k < n_old; k++)
+			if (!memcmp(&old[k], f, sizeof(*f)))
+				was = &old[k];
+		if (was || !link_find(&l))
+			continue;
+		if (doors_attach(&l, f->snat)) {
+			warn("%s", why);
+			continue;
+		}
+		note("attached to %s, for source NAT", l.name);
+	}
 }
 
 static void ifaces_attach(struct agent *a)
@@ -5876,6 +6171,8 @@ static void loop_round(struct agent *a)
 		}
 	api_tick(&a->api, now_ms());
 	maps_tick(&maps, &a->model, now_ms());
+	flows_sweep(&maps, now_ms());
+	far_attach(a);
 }
 
 /* Where the objects come from: a file is read at once, a server is asked from
@@ -5918,7 +6215,8 @@ static int agent_open(struct agent *a, bool once)
 			    agent_where(pin_dir_holder(a->pin_fd)), opt.pin_dir);
 	if (loop_open(a) || datapath_load(&maps))
 		return -1;
-	a->netlink_fd = netlink_open(RTMGRP_LINK);
+	a->netlink_fd = netlink_open(RTMGRP_LINK | (opt.snat ? RTMGRP_IPV4_ROUTE | RTMGRP_IPV6_ROUTE |
+						    RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR : 0));
 	if (a->netlink_fd < 0 || loop_watch(a, a->netlink_fd, WAKE_NETLINK))
 		return -1;
 	a->status.pid = getpid();
@@ -5943,6 +6241,7 @@ static int ifaces_attached(struct agent *a)
 			     "--iface names another",
 			     i->name);
 	}
+	far_attach(a);
 	ifaces_tidy(a);
 	return missing ? 1 : 0;
 }
@@ -6183,16 +6482,15 @@ static void flow_count(void *count, const struct tl_tuple *t, const struct tl_fl
 /* False: there is no such interface. */
 static bool door_read(int ifindex, struct door *d)
 {
-	int fd = pinned("to", ifindex), any = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-	struct ifreq dev = { .ifr_ifindex = ifindex };
+	struct link_news l = { .ifindex = ifindex };
 	struct bpf_link_info link;
-	bool there = !ioctl(any, SIOCGIFNAME, &dev) && !ioctl(any, SIOCGIFHWADDR, &dev);
+	bool there = link_find(&l);
+	int fd = pinned("to", ifindex);
 
 	*d = (struct door){ .ifindex = ifindex,
-			    .l2 = is_ethernet(dev.ifr_hwaddr.sa_family),
+			    .l2 = is_ethernet(l.type),
 			    .hook = is_tcx_link(fd, &link) ? "tcx" : "clsact" };
-	memcpy(d->name, dev.ifr_name, sizeof(d->name));
-	close(any);
+	memcpy(d->name, l.name, sizeof(d->name));
 	close(fd);
 	return there;
 }
@@ -6200,9 +6498,9 @@ static bool door_read(int ifindex, struct door *d)
 static void overview_read(const struct maps *m, struct overview *o)
 {
 	struct bpf_map_info info = { 0 };
-	uint32_t zero = 0, len = sizeof(info), cpus = libbpf_num_possible_cpus();
-	uint64_t *each = mem(NULL, cpus * sizeof(*each)), *ifindex;
+	uint32_t zero = 0, len = sizeof(info);
 	int fd = pin_dir_fd();
+	uint64_t *ifindex;
 	time_t changed;
 	size_t n;
 
@@ -6221,9 +6519,7 @@ static void overview_read(const struct maps *m, struct overview *o)
 	for (size_t i = 0; i < n; i++)
 		o->n_doors += door_read(ifindex[i], &o->doors[o->n_doors]);
 	for (uint32_t i = 0; i < TL_N_REASONS; i++)
-		if (!bpf_map_lookup_elem(m->fd[STAT_MAP], &i, each))
-			for (uint32_t cpu = 0; cpu < cpus; cpu++)
-				o->counters[i] += each[cpu];
+		o->counters[i] = counter_read(m, i);
 }
 
 static void print_status_json(struct buf *out, const struct overview *o, const struct entry *e,
@@ -6905,7 +7201,6 @@ static int options_unbuilt(void)
 	const char *word = opt.fast ? "--fast" :
 		opt.advertise	    ? "--advertise" :
 		opt.metrics	    ? "--metrics" :
-		opt.snat	    ? "--snat other than off" :
 				      NULL;
 
 	return word ? fail("%s is not in this version", word) : 0;

@@ -54,7 +54,14 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { N_BEFORE = 40000, N_NEW = 4000, N_FLOWS = 400, N_PACKETS = 40000, MAX_ROUNDS = 1000, MAX_NODES = 64 };
+enum {
+	N_BEFORE = 40000,
+	N_NEW = 4000,
+	N_FLOWS = 400,
+	N_PACKETS = 40000,
+	MAX_ROUNDS = 1000,
+	MAX_NODES = 64
+};
 enum { NEW, TO_TEN, REQUEST, REPLY, N_KINDS };
 static const char *kinds[] = { "new flow", "to ten", "request", "reply" };
 
@@ -72,8 +79,9 @@ static struct node {
 	const char *name;
 	int services;
 	struct node *reference;
-	int netns, pod_netns, tun, pod, conntrack; /* descriptors; pod: a packet socket that receives nothing */
-	unsigned n_flows;			   /* so many were begun; each is another one */
+	int netns, pod_netns, tun, conntrack; /* descriptors */
+	int pod;			      /* a packet socket that receives nothing */
+	unsigned n_flows;		      /* so many were begun; each is another one */
 	double ns[N_KINDS][MAX_ROUNDS];
 	double program_ns[N_KINDS]; /* of it in our programs, 0: it has none */
 } nodes[MAX_NODES];
@@ -114,7 +122,8 @@ static void packet_make(const struct node *n, unsigned flow, unsigned some, stru
 	put(p->ip, 4, 0x45000000 | (sizeof(*p) - sizeof(p->vnet)));
 	put(p->ip + 8, 2, 64 << 8 | IPPROTO_UDP);
 	put(p->ip + 12, 4, 0x64400100 + flow / 60000); /* 100.64.1.0 */
-	put(p->ip + 16, 4, n->services ? 0x0a2b0400 + service : 0x0a2a000b + flow % 2); /* 10.43.4.0, 10.42.0.11 */
+	/* 10.43.4.0; 10.42.0.11 */
+	put(p->ip + 16, 4, n->services ? 0x0a2b0400 + service : 0x0a2a000b + flow % 2);
 	put(p->ip + 10, 2, checksum(sum(p->ip, 20)));
 	put(p->udp, 2, 1024 + flow % 60000);
 	put(p->udp + 2, 2, n->services ? 80 : 10000 + service);
@@ -190,13 +199,16 @@ static void conntrack_flush(const struct node *n)
 {
 	struct {
 		struct nlmsghdr nl;
-		struct nfgenmsg nf;
-		struct nlmsgerr answer;
+		union {
+			struct nfgenmsg nf;
+			struct nlmsgerr answer;
+		};
 	} m = { .nl = { .nlmsg_type = NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_DELETE,
 			.nlmsg_flags = NLM_F_REQUEST | NLM_F_ACK,
 			.nlmsg_len = sizeof(m.nl) + sizeof(m.nf) } };
 
-	if (send(n->conntrack, &m, m.nl.nlmsg_len, 0) < 0 || recv(n->conntrack, &m, sizeof(m), 0) < 0)
+	if (send(n->conntrack, &m, m.nl.nlmsg_len, 0) < 0 ||
+	    recv(n->conntrack, &m, sizeof(m), 0) < 0 || (errno = -m.answer.error))
 		err(1, "%s: conntrack", n->name);
 	usleep(30000); /* freeing goes on after that */
 }
@@ -224,8 +236,9 @@ static unsigned long drain(const struct node *n)
 	struct packet p;
 
 	while (read(n->tun, &p, sizeof(p)) == sizeof(p)) {
-		if (p.ip[1 + 12] != (n->services ? 43 : 42))
-			errx(1, "%s: a reply comes from 10.%d, not from the service", n->name, p.ip[13]);
+		if (p.ip[13] != (n->services ? 43 : 42))
+			errx(1, "%s: a reply comes from 10.%d, not from the service", n->name,
+			     p.ip[13]);
 		packets++;
 	}
 	return packets;
@@ -285,7 +298,8 @@ static void make_flows(struct node *n, int services, struct packet *packets, int
 }
 
 /* The replies to these packets, each sent once. */
-static void make_replies(struct node *n, const struct packet *packets, struct frame *frames, int n_packets)
+static void make_replies(struct node *n, const struct packet *packets, struct frame *frames,
+			 int n_packets)
 {
 	enter(n->pod_netns);
 	int tap = packet_socket(ETH_P_IP);
@@ -421,7 +435,9 @@ static void print_ratios(const struct node *n, const struct node *to, double bud
 			printf("%11.0f%7.3f", median(n->ns[kind]), r);
 		else
 			printf("%11s%7.3f", "", r);
-		if (r > most && (kind >= REQUEST || to != n->reference)) /* a packet's budget is not for new flows */
+		if (r > most &&
+		    (kind >= REQUEST ||
+		     to != n->reference)) /* a packet's budget is not for new flows */
 			most = r;
 	}
 	if (!strncmp(n->name, "lifter", 6))
@@ -476,7 +492,8 @@ int main(int argc, char **argv)
 	cpu_set_t last;
 	char *references[MAX_NODES];
 
-	if (argc < 3 || argc - 2 > MAX_NODES || (n_rounds = atoi(argv[1])) < 1 || n_rounds > MAX_ROUNDS)
+	if (argc < 3 || argc - 2 > MAX_NODES || (n_rounds = atoi(argv[1])) < 1 ||
+	    n_rounds > MAX_ROUNDS)
 		errx(2, "usage: packet ROUNDS NODE:SERVICES:REFERENCE...");
 	CPU_ZERO(&last);
 	CPU_SET(sysconf(_SC_NPROCESSORS_ONLN) - 1, &last);
@@ -502,7 +519,8 @@ int main(int argc, char **argv)
 			for (int kind = 0; kind < N_KINDS; kind++)
 				n->ns[kind][round] = ns[kind];
 		}
-	if (bpf_enable_stats(BPF_STATS_RUN_TIME) < 0) /* until we exit; they cost something themselves: apart */
+	if (bpf_enable_stats(BPF_STATS_RUN_TIME) <
+	    0) /* until we exit; they cost something themselves: apart */
 		err(1, "BPF statistics");
 	for (int i = 0; i < n_nodes; i++) {
 		double ns[N_KINDS];
