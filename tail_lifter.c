@@ -6687,13 +6687,13 @@ static int stop_agent(int pin_fd)
 /* The bpffs goes too if it was us who mounted it, and nothing else is in it. */
 static void unmount_ours(void)
 {
-	static const char start[] = MOUNT_NAME " " BPFFS " ";
 	FILE *f = fopen("/proc/self/mounts", "re");
 	char line[PATH_MAX];
 	bool ours = false;
 
-	while (f && !ours && fgets(line, sizeof(line), f))
-		ours = !strncmp(line, start, strlen(start));
+	while (f && fgets(line, sizeof(line), f))
+		if (strstr(line, " " BPFFS " ")) /* the last one is the one on top */
+			ours = !strncmp(line, MOUNT_NAME " ", strlen(MOUNT_NAME " "));
 	if (f)
 		fclose(f);
 	if (ours && !dir_next(opendir(BPFFS)))
