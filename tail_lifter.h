@@ -14,9 +14,9 @@
 
 #include <linux/types.h>
 
-#define TL_MAX_SERVICES (1 << 18) /* frontends; memory is taken as they come */
-#define TL_MAX_CHUNKS	(1 << 18)
-#define TL_MAX_TEXTS	(1 << 18)
+#define TL_MAX_SERVICES (1 << 17) /* frontends; an empty map takes 16 bytes for each, elements as they come */
+#define TL_MAX_CHUNKS	(1 << 17)
+#define TL_MAX_TEXTS	(1 << 17)
 #define TL_MAX_NETS	(1 << 16)
 #define TL_CHUNK	16   /* backends in one value of set_map */
 #define TL_MAX_BACKENDS 4096 /* of one service port: what a new flow may look through */
