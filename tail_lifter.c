@@ -2859,6 +2859,8 @@ struct entry { /* one service port in one family and one scope */
 	struct backend *backends;   /* likewise */
 	struct backend *serving;    /* a UDP flow to one of these is not flushed (rule 17) */
 	int n_frontends, n_sources, n_backends, n_serving;
+	/* for --status: of the flows there are; [0] from clients, [1] to them */
+	uint64_t flows, packets[2], bytes[2];
 };
 
 /* An endpoint of one service port; of those with one address and port the
@@ -3219,6 +3221,18 @@ static void print_entries_json(struct buf *out, const struct entry *e, int n, bo
 }
 
 /* For people, as `wg show`. */
+/* "1.21 MiB" */
+static void print_size(struct buf *out, const char *before, uint64_t bytes)
+{
+	static const char *const units[] = { "B", "KiB", "MiB", "GiB", "TiB" };
+	double size = bytes;
+	int unit = 0;
+
+	for (; size >= 1024 && unit < 4; unit++)
+		size /= 1024;
+	buf_printf(out, unit ? "%s%.2f %s" : "%s%.0f %s", before, size, units[unit]);
+}
+
 static void print_entries_text(struct buf *out, const struct entry *e, int n)
 {
 	char text[INET6_ADDRSTRLEN + 4];
@@ -3246,6 +3260,13 @@ static void print_entries_text(struct buf *out, const struct entry *e, int n)
 				   e->drop_if_empty ? "dropped" : "rejected");
 		if (e->affinity)
 			buf_printf(out, "\n  affinity: %" PRIu32 " seconds", e->affinity);
+		if (e->flows)
+			buf_printf(out, "\n  flows: %" PRIu64, e->flows);
+		for (int way = 0; way < 2 && e->flows; way++) {
+			print_size(out, way ? ", " : "\n  transfer: ", e->bytes[way]);
+			buf_printf(out, " in %" PRIu64 " packets %s clients", e->packets[way],
+				   way ? "to" : "from");
+		}
 		buf_printf(out, "\n");
 	}
 }
@@ -5146,6 +5167,7 @@ static int config_load(struct config *c, const char *origin)
 #define WAIT_BODY     30000  /* ms without a byte of a list */
 #define WAIT_STREAM   5000   /* ms until initial events; some servers do not know them */
 #define WAIT_LIST     300000 /* ms for one whole answer that is no watch */
+#define WAIT_CIDRS    5000   /* the same of ServiceCIDRs: the first sync waits */
 #define PROVEN	      5000   /* ms a watch must last to count as a success */
 #define PAUSE_LEAST   200
 #define PAUSE_MOST    30000
@@ -5158,11 +5180,14 @@ static int config_load(struct config *c, const char *origin)
 
 static const struct resource {
 	const char *word, *path, *select;
+	int most; /* ms for one whole answer that is no watch */
 } resources[N_KINDS] = {
-	[SERVICES] = { "services", "/api/v1/services", SELECTOR },
-	[SLICES] = { "endpointslices", "/apis/discovery.k8s.io/v1/endpointslices", SELECTOR },
-	[NODES] = { "nodes", "/api/v1/nodes", "fieldSelector=metadata.name%3D" },
-	[SERVICE_CIDRS] = { "servicecidrs", "/apis/networking.k8s.io/v1/servicecidrs", "" },
+	[SERVICES] = { "services", "/api/v1/services", SELECTOR, WAIT_LIST },
+	[SLICES] = { "endpointslices", "/apis/discovery.k8s.io/v1/endpointslices", SELECTOR,
+		     WAIT_LIST },
+	[NODES] = { "nodes", "/api/v1/nodes", "fieldSelector=metadata.name%3D", WAIT_LIST },
+	[SERVICE_CIDRS] = { "servicecidrs", "/apis/networking.k8s.io/v1/servicecidrs", "",
+			    WAIT_CIDRS },
 };
 
 enum watch_state {
@@ -5286,6 +5311,7 @@ static void watch_close(struct api *a, struct watch *w)
 	if (w->pipe)
 		close(w->pipe);
 	w->pipe = 0;
+	w->reused = false;
 	tls_close(&w->tls);
 	http_reset(&w->http);
 	split_free(&w->split);
@@ -5313,6 +5339,8 @@ static void watch_fail(struct api *a, struct watch *w)
 	fail("%s: %s", a->config.source, why);
 	if (!a->once)
 		api_say(a, "; trying again");
+	else if (w->kind == SERVICE_CIDRS)
+		api_say(a, "; going on without them");
 	else if (!a->failed && (!w->least || w->failures > 4)) /* a busy server is asked again */
 		a->failed = strdup(why);
 	a->troubled |= 1 << w->kind;
@@ -5384,7 +5412,7 @@ static void watch_request(struct api *a, struct watch *w)
 	http_get(&w->text, strstr(a->config.source, "//") + 2, target.at,
 		 a->config.tls ? a->config.token.at : NULL);
 	buf_free(&target);
-	watch_enter(a, w, WATCH_ASKING, WAIT_ANSWER);
+	watch_enter(a, w, WATCH_ASKING, r->most < WAIT_ANSWER ? r->most : WAIT_ANSWER);
 	watch_write(a, w);
 }
 
@@ -5507,9 +5535,9 @@ static void watch_complete(struct api *a, struct model *m, struct watch *w)
 	model_sweep(m, w->kind);
 	w->no_pages = w->lost = false;
 	json_reset(&a->json);
-	if (a->once && m->synced[SERVICES] && m->synced[SLICES] && !m->synced[NODES])
+	if (a->once && w->kind < NODES && m->synced[SERVICES] && m->synced[SLICES])
 		/* last, for their absence is no failure */
-		a->watch[m->synced[SERVICE_CIDRS] ? NODES : SERVICE_CIDRS].deadline = a->now;
+		a->watch[NODES].deadline = a->watch[SERVICE_CIDRS].deadline = a->now;
 }
 
 static void watch_follow(struct api *a, struct watch *w)
@@ -5777,7 +5805,7 @@ static bool watch_bytes(struct api *a, struct model *m, struct watch *w, const c
 static void watch_read(struct api *a, struct model *m, struct watch *w)
 {
 	static char bytes[16384];
-	int64_t late;
+	int64_t late, most;
 
 	for (int i = 0; i < 64 || tls_holds(&w->tls); i++) {
 		ssize_t n = tls_read(&w->tls, bytes, sizeof(bytes));
@@ -5791,8 +5819,9 @@ static void watch_read(struct api *a, struct model *m, struct watch *w)
 		if (!watch_bytes(a, m, w, bytes, n > 0 ? n : 0))
 			return;
 		late = a->now + (w->state == WATCH_STREAMING ? WAIT_STREAM : WAIT_BODY);
+		most = w->since + resources[w->kind].most;
 		if (w->state > WATCH_ASKING && w->state < WATCH_FOLLOWING)
-			w->deadline = late < w->since + WAIT_LIST ? late : w->since + WAIT_LIST;
+			w->deadline = late < most ? late : most;
 	}
 	watch_arm(a, w);
 }
@@ -6499,12 +6528,13 @@ static void ifaces_attach(struct agent *a)
 }
 
 /* --- sync -------------------------------------------------------------------- */
+/* ServiceCIDRs hold nothing up once they have failed. */
 static bool all_synced(const struct agent *a)
 {
 	const bool *synced = a->model.synced;
 
 	return synced[SERVICES] && synced[SLICES] && synced[NODES] &&
-		(synced[SERVICE_CIDRS] || a->api.watch[SERVICE_CIDRS].failures);
+		(synced[SERVICE_CIDRS] || a->api.troubled & 1 << SERVICE_CIDRS);
 }
 
 /* After each round of events. The first time: may it be programmed at all? */
@@ -6900,18 +6930,62 @@ struct overview {
 	struct door {
 		char name[IF_NAMESIZE];
 		int ifindex;
-		bool l2;
+		bool l2, pods; /* pods: towards them, for source NAT */
 		const char *hook;
 	} * doors;
 	size_t n_doors;
 	uint64_t counters[TL_N_REASONS];
 	char changed[32];
+	struct table fronts; /* whose flows they are */
 };
 
-static void flow_count(void *count, const struct tl_tuple *t, const struct tl_flow *f)
+/* A frontend of an entry. */
+struct front {
+	struct link link;
+	struct frontend at;
+	struct entry *of;
+};
+
+static uint64_t front_hash(const struct in6_addr *addr, uint16_t port, uint8_t proto)
 {
-	(void)f;
-	*(uint64_t *)count += t->dir == TL_REQUEST;
+	return hash64((uint64_t)port << 8 | proto, addr, sizeof(*addr));
+}
+
+static void flow_add(void *overview, const struct tl_tuple *t, const struct tl_flow *f)
+{
+	struct overview *o = overview;
+	bool back = t->dir == TL_REPLY;
+	const struct tl_addr *addr = back ? &f->src : &t->dst;
+	uint16_t port = ntohs(back ? f->sport : t->dport);
+	struct front *front = NULL;
+
+	if (t->dir > TL_REPLY)
+		return;
+	o->flows += !back;
+	while ((front = (struct front *)table_next(&o->fronts, (struct link *)front,
+						   front_hash((struct in6_addr *)addr, port, t->proto))))
+		if (!memcmp(&front->at.addr, addr, sizeof(*addr)) && front->at.port == port &&
+		    front->of->proto == t->proto)
+			break;
+	if (!front)
+		return;
+	front->of->flows += !back;
+	front->of->packets[back] += f->packets;
+	front->of->bytes[back] += f->bytes;
+}
+
+/* Counts flows, altogether and for each of the entries. */
+static void flows_read(const struct maps *m, struct overview *o, struct entry *e, int n)
+{
+	for (; n--; e++)
+		for (int i = 0; i < e->n_frontends; i++) {
+			struct front *front = mem(NULL, sizeof(*front));
+
+			*front = (struct front){ .at = e->frontends[i], .of = e };
+			table_add(&o->fronts, &front->link,
+				  front_hash(&front->at.addr, front->at.port, e->proto));
+		}
+	flows_walk(m->fd[CT_MAP], flow_add, o);
 }
 
 /* False: there is no such interface. */
@@ -6921,9 +6995,12 @@ static bool door_read(int ifindex, struct door *d)
 	struct bpf_link_info link;
 	bool there = link_find(&l);
 	int fd = pinned("to", ifindex);
+	struct tl_door door = { 0 };
 
+	bpf_map_lookup_elem(maps.fd[DOOR_MAP], &ifindex, &door);
 	*d = (struct door){ .ifindex = ifindex,
 			    .l2 = is_ethernet(l.type),
+			    .pods = door.snat[0].w[3] || door.snat[1].w[0],
 			    .hook = is_tcx_link(fd, &link) ? "tcx" : "clsact" };
 	memcpy(d->name, l.name, sizeof(d->name));
 	close(fd);
@@ -6948,7 +7025,6 @@ static void overview_read(const struct maps *m, struct overview *o)
 		strftime(o->changed, sizeof(o->changed), "%Y-%m-%dT%H:%M:%SZ", gmtime(&changed));
 	bpf_map_get_info_by_fd(m->fd[CT_MAP], &info, &len);
 	o->capacity = info.max_entries;
-	flows_walk(m->fd[CT_MAP], flow_count, &o->flows);
 	ifindex = doors_list(&n);
 	o->doors = mem(NULL, n * sizeof(*o->doors));
 	for (size_t i = 0; i < n; i++)
@@ -6973,8 +7049,9 @@ static void print_status_json(struct buf *out, const struct overview *o, const s
 		   o->agent.synced ? "true" : "false", o->changed);
 	for (struct door *d = o->doors; d < o->doors + o->n_doors; d++)
 		buf_printf(out,
-			   "%s{\"name\":\"%s\",\"ifindex\":%d,\"link\":\"l%d\",\"hook\":\"%s\"}",
-			   d > o->doors ? "," : "", d->name, d->ifindex, d->l2 ? 2 : 3, d->hook);
+			   "%s{\"name\":\"%s\",\"ifindex\":%d,\"link\":\"l%d\",\"hook\":\"%s\"%s}",
+			   d > o->doors ? "," : "", d->name, d->ifindex, d->l2 ? 2 : 3, d->hook,
+			   d->pods ? ",\"snat\":true" : "");
 	buf_printf(out, "],\n\"flows\":{\"count\":%" PRIu64 ",\"capacity\":%u},\n\"counters\":{",
 		   o->flows, o->capacity);
 	for (int i = 0; i < TL_N_REASONS; i++)
@@ -6992,7 +7069,8 @@ static void print_status_text(struct buf *out, const struct overview *o, const s
 		   o->agent.synced ? "" : " (not synced yet)", o->changed, o->agent.node,
 		   *o->agent.zone ? ", zone " : "", o->agent.zone);
 	for (struct door *d = o->doors; d < o->doors + o->n_doors; d++)
-		buf_printf(out, "\ninterface: %s\n  link: %s\n  hook: %s\n", d->name,
+		buf_printf(out, "\ninterface: %s%s\n  link: %s\n  hook: %s\n", d->name,
+			   d->pods ? " (towards pods, for source NAT)" : "",
 			   d->l2 ? "Ethernet" : "bare IP", d->hook);
 	if (!o->n_doors)
 		buf_printf(out, "\ninterface: (none attached)\n");
@@ -7022,6 +7100,7 @@ static int cmd_status(void)
 	}
 	overview_read(&maps, &o);
 	e = status_entries(&maps, opt.status_of, &n);
+	flows_read(&maps, &o, e, n);
 	if (opt.status_of && !n)
 		return fail("no service %s is served here", opt.status_of);
 	if (opt.json)
@@ -7052,13 +7131,13 @@ static int stop_agent(int pin_fd)
 /* The bpffs goes too if it was us who mounted it, and nothing else is in it. */
 static void unmount_ours(void)
 {
-	static const char start[] = MOUNT_NAME " " BPFFS " ";
 	FILE *f = fopen("/proc/self/mounts", "re");
 	char line[PATH_MAX];
 	bool ours = false;
 
-	while (f && !ours && fgets(line, sizeof(line), f))
-		ours = !strncmp(line, start, strlen(start));
+	while (f && fgets(line, sizeof(line), f))
+		if (strstr(line, " " BPFFS " ")) /* the last one is the one on top */
+			ours = !strncmp(line, MOUNT_NAME " ", strlen(MOUNT_NAME " "));
 	if (f)
 		fclose(f);
 	if (ours && !dir_next(opendir(BPFFS)))
