@@ -5964,7 +5964,7 @@ struct advert {
 };
 
 #define ROUTES_EACH(r, b) \
-	for (const struct advert *r = (void *)(b)->at; (b)->len && (char *)r < (b)->at + (b)->len; r++)
+	for (const struct advert *r = (void *)(b)->at, *end = r + (b)->len / sizeof(*r); r < end; r++)
 
 /* What is to become of the routes that tailscaled advertises. */
 struct routes {
@@ -6063,7 +6063,8 @@ static int call_read(struct call *c, void (*on_object)(void *arg, const struct s
 		at = bytes;
 		left = n;
 		do {
-			got = n ? http_feed(&c->http, &at, &left, &body, &body_n) : http_eof(&c->http);
+			got = n ? http_feed(&c->http, &at, &left, &body, &body_n) :
+				  http_eof(&c->http);
 			if (got == HTTP_BODY && call_body(c, body, body_n, on_object, arg))
 				got = HTTP_BAD;
 		} while (got == HTTP_HEAD || got == HTTP_BODY);
