@@ -605,7 +605,9 @@ verb_cc-asan() { # OUT FILE.c [FLAG...]: the same with glibc and the address and
 test_program() { # NAME FILE.c
 	BUILT=$PWD/build/test/$1
 	mkdir -p build/test
-	[ "$BUILT" -nt "$2" ] && [ "$BUILT" -nt tail_lifter ] || verb_cc "$BUILT" "$2"
+	[ "$BUILT" -nt "$2" ] && [ "$BUILT" -nt tail_lifter ] && return
+	rm -f "$BUILT" # or a test that does not compile would be the one of yesterday
+	verb_cc "$BUILT" "$2"
 }
 
 as_root() { [ "$(id -u)" = 0 ] || die "$1 makes network namespaces: run it as root (sudo ./build.sh $1)"; }
@@ -657,25 +659,46 @@ layer() {
 		return
 	}
 	PASSED=$((PASSED + BASH_REMATCH[1])) FAILED=$((FAILED + BASH_REMATCH[2]))
-	[ "${BASH_REMATCH[2]}" = 0 ] && [ -z "${V:-}" ] && sed -n '/^\(kernel\|router\) /p' "$log" || sed '$d' "$log"
+	if [ "${BASH_REMATCH[2]}" = 0 ] && [ -z "${V:-}" ]; then sed -n '/^\(kernel\|router\) /p' "$log"; else sed '$d' "$log"; fi
 	step "" "$last, $((SECONDS - start)) s"
 }
 
 verb_test() { # [LAYER...]: unit semantics api packet netns router (the default), real, kernels; as root
-	local one
+	local words one
 	as_root test
 	PASSED=0 FAILED=0
 	need ip:iproute2 ping:iputils-ping curl:curl ethtool:ethtool sysctl:procps jq:jq tc:iproute2 nft:nftables iptables:iptables openssl:openssl setpriv:util-linux \
 		/usr/bin/python3:python3 /usr/lib/python3/dist-packages/scapy:python3-scapy
 	verb_build
-	for one in "${@:-unit semantics api packet netns router}"; do
-		for one in $one; do
+	for words in "${@:-unit semantics api packet netns router}"; do
+		for one in $words; do
 			declare -F "layer_$one" >/dev/null || die "no such layer of tests: $one"
 			layer "$one"
 		done
 	done
 	echo "$PASSED passed, $FAILED failed"
 	[ $FAILED = 0 ]
+}
+
+# The benchmarks. Their budgets are printed beside what was measured; nothing fails by time.
+bench_sync() { tests/bench/sync; }
+bench_packet() {
+	test_program packet tests/bench/packet.c && PACKET=$BUILT tests/bench/packet
+}
+
+verb_bench() { # [sync|packet]: how fast and how small, beside kube-proxy (an hour; as root)
+	local one
+	as_root bench
+	need ip:iproute2 curl:curl sysctl:procps jq:jq openssl:openssl unshare:util-linux iptables:iptables nft:nftables \
+		bpftool:bpftool /usr/bin/python3:python3
+	verb_build
+	for one in "${@:-sync packet}"; do
+		for one in $one; do
+			declare -F "bench_$one" >/dev/null || die "no such benchmark: $one"
+			step bench "$one"
+			"bench_$one"
+		done
+	done
 }
 
 verb_deps() { # build only the libraries

@@ -13,17 +13,25 @@
  * so whatever filters or tracks connections there keeps its say. Packets that
  * are not ours go on untouched to whoever is attached after us.
  *
+ * With --snat there are two more doors, at the far edge, on the interfaces towards
+ * pods: to_pods (egress) gives requests this node's address and a port of its own,
+ * from_pods (ingress) gives replies the client's back. The stack in between sees
+ * client <-> pod all the same.
+ *
+ * An ICMP error is found by the packet that it quotes and goes the same ways.
+ *
  * A packet is parsed once, into struct packet, with both families as 16-byte
  * addresses; behind the parser only the writers ask for the family. Each door
- * exists for links without a link-layer header (TUN) and for Ethernet: one body,
- * specialised by the offset of the IP header.
+ * exists for links without a link-layer header (TUN) and for Ethernet: one body, which
+ * is told where the IP header begins.
  *
  * Maps (tail_lifter.h has their keys and values; the agent writes the first
- * four, the datapath the others):
+ * four and the last two, the datapath the others):
  *   svc_map   address, port, protocol -> service        net_map   ranges of addresses
  *   set_map   backends, in chunks                       text_map  names, for --status only
  *   ct_map    flows: a pair of entries each (LRU)       aff_map   session affinity (LRU)
  *   frag_map  ports of fragmented datagrams (LRU)       stat_map  a counter for each reason
+ *   door_map  what the agent knows of our interfaces    agent_map its notes, for --status
  *
  * Every packet leaves through open_door(), with a reason out of TL_REASONS.
  * No CO-RE, kfuncs, bpf_loop, timers or callbacks: it loads on 5.10 without BTF.
@@ -505,12 +513,13 @@ __inline_always bool source_allowed(const struct packet *p, const struct tl_svc 
  *
  * For the verifier the inner loop has no branch (it gives up on a path with 8192
  * of them): the agent fills the last chunk with repetitions, and comparisons are
- * arithmetic on numbers below 2^63. It is global and takes numbers only, so that
- * it is walked once and not for every state it is called in. */
+ * arithmetic on numbers below 2^63, whose last bits are the place in the set. It is
+ * global and takes numbers only, so that it is walked once and not for every state it
+ * is called in. */
 __attribute__((noinline)) int choose(__u64 set, __u32 n, __u64 hash)
 {
 	struct tl_set_key key = { .set = set };
-	__u64 best = 0, winner = 0;
+	__u64 best = 0, draw, lower;
 	struct tl_chunk *chunk;
 
 	for (__u32 c = 0; c < TL_MAX_BACKENDS / TL_CHUNK && c * TL_CHUNK < n; c++) {
@@ -520,17 +529,17 @@ __attribute__((noinline)) int choose(__u64 set, __u32 n, __u64 hash)
 			return -1;
 #pragma unroll /* without CAP_PERFMON pointers may only move by constants */
 		for (__u32 i = 0; i < TL_CHUNK; i++) {
-			__u64 score = (hash ^ chunk->at[i].seed) * DRAW >> 1;
-			__u64 better = (__s64)(best - score) >> 63; /* all ones or none */
-
-			best ^= (best ^ score) & better;
-			winner ^= (winner ^ chunk->at[i].index) & better;
+			draw = ((hash ^ chunk->seed[i]) * DRAW >> 1 & -TL_MAX_BACKENDS) | (c * TL_CHUNK + i);
+			lower = (__s64)(best - draw) >> 63; /* all ones or none */
+			asm volatile("" : "+r"(lower)); /* or clang makes a branch of it */
+			best ^= (best ^ draw) & lower;
 		}
 	}
-	return winner;
+	return best % TL_MAX_BACKENDS;
 }
 
-__inline_always struct tl_backend *backend_at(const struct tl_svc *svc, __u32 place)
+/* Its seed too. */
+__inline_always struct tl_backend *backend_at(const struct tl_svc *svc, __u32 place, __u64 *seed)
 {
 	struct tl_set_key key = { .set = svc->set, .chunk = place / TL_CHUNK };
 	struct tl_chunk *chunk = bpf_map_lookup_elem(&set_map, &key);
@@ -538,13 +547,14 @@ __inline_always struct tl_backend *backend_at(const struct tl_svc *svc, __u32 pl
 	if (!chunk)
 		return NULL;
 	asm volatile("" : "+r"(place)); /* or clang adds to the pointer before it asks for NULL */
+	*seed = chunk->seed[place % TL_CHUNK];
 	return &chunk->at[place % TL_CHUNK];
 }
 
 /* The backend for a new flow: `prefer` (a seed, 0: none) if it is in the set,
  * before it what affinity says, else by hash; NULL: *reason says why none. */
 __inline_always struct tl_backend *backend_for(const struct packet *p, const struct tl_svc *svc,
-					       __u64 prefer, int *reason)
+					       __u64 prefer, __u64 *seed, int *reason)
 {
 	struct tl_affinity_key key = { svc->name, p->tuple.src };
 	struct tl_affinity *old, new = { .used = bpf_jiffies64() };
@@ -560,11 +570,11 @@ __inline_always struct tl_backend *backend_for(const struct packet *p, const str
 	}
 	*reason = TL_BACKENDS_MOVED;
 	if (prefer)
-		backend = backend_at(svc, choose(svc->set, svc->n_backends, prefer ^ DRAW_HIGHEST));
-	if (!backend || backend->seed != prefer)
-		backend = backend_at(svc, choose(svc->set, svc->n_backends, hash_tuple(&p->tuple)));
+		backend = backend_at(svc, choose(svc->set, svc->n_backends, prefer ^ DRAW_HIGHEST), seed);
+	if (!backend || *seed != prefer)
+		backend = backend_at(svc, choose(svc->set, svc->n_backends, hash_tuple(&p->tuple)), seed);
 	if (backend && svc->affinity) {
-		new.seed = backend->seed;
+		new.seed = *seed;
 		bpf_map_update_elem(&aff_map, &key, &new, BPF_ANY);
 	}
 	return backend;
@@ -606,7 +616,7 @@ __inline_always bool same_meaning(const struct tl_flow *a, const struct tl_flow 
 /* Nobody would hold it against us: conntrack would have forgotten it too. */
 __inline_always bool is_expired(__u8 proto, const struct tl_flow *flow)
 {
-	return bpf_jiffies64() - flow->seen > tl_flow_idle(proto, flow->state) * tl_hz;
+	return (__s64)(bpf_jiffies64() - flow->seen) > (__s64)(tl_flow_idle(proto, flow->state) * tl_hz);
 }
 
 /* Writes the other half of `flow` unless it is there; 0, TL_FLOW_HEALED if it
@@ -835,6 +845,7 @@ __inline_always int new_request(struct __sk_buff *skb, struct packet *p, struct 
 	struct tl_flow *flow = &p->flow;
 	struct tl_backend *backend;
 	struct tl_svc *svc;
+	__u64 seed = 0;
 	int reason = 0;
 
 	svc = service_of(p);
@@ -842,10 +853,10 @@ __inline_always int new_request(struct __sk_buff *skb, struct packet *p, struct 
 		return reason_without_service(p);
 	if (!source_allowed(p, svc))
 		return TL_SOURCE;
-	backend = backend_for(p, svc, prefer, &reason);
+	backend = backend_for(p, svc, prefer, &seed, &reason);
 	if (!backend)
 		return reason;
-	if (old && old->seed == backend->seed) {
+	if (old && old->seed == seed) {
 		old->state &= TL_FLOW_SNAT; /* it begins anew */
 		old->seen = 0;
 		if (!use_flow(skb, p, old))
@@ -859,7 +870,7 @@ __inline_always int new_request(struct __sk_buff *skb, struct packet *p, struct 
 	flow->dport = backend->port;
 	flow->state = backend->flags & TL_BACKEND_SNAT ? TL_FLOW_SNAT : 0;
 	flow->name = svc->name;
-	flow->seed = backend->seed;
+	flow->seed = seed;
 	reason = begin_flow(&p->tuple, flow, skb->len, 1024);
 	if (reason)
 		return reason;
@@ -944,7 +955,12 @@ static __attribute__((noinline)) int to_backend(struct __sk_buff *skb, struct pa
 	door = bpf_map_lookup_elem(&door_map, &ifindex);
 	if (!of || !(of->state & TL_FLOW_SNAT) || !door)
 		return TL_NO_FLOW;
-	p->flow.src = p->v6 ? door->snat[1] : door->snat[0];
+	if (p->v6) {
+		p->flow.src = door->snat[1];
+		asm volatile("" ::: "memory"); /* or clang makes a pointer of both, which takes CAP_PERFMON */
+	} else {
+		p->flow.src = door->snat[0];
+	}
 	if (!p->flow.src.w[3] && !p->flow.src.w[0])
 		return TL_NO_FLOW;
 	p->flow.dst = p->tuple.dst;

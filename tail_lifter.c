@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 /* tail_lifter.c: the agent of TailLifter, in one file. Start at main(), at the end.
  *
- * It learns Services, EndpointSlices and its own Node, resolves them as kube-proxy
+ * It learns Services, EndpointSlices, ServiceCIDRs and its own Node, resolves them as kube-proxy
  * would, writes the outcome into BPF maps, and keeps the datapath
  * (tail_lifter.bpf.c) attached to the VPN interface. When it goes the datapath
  * stays; --cleanup takes everything away.
@@ -28,7 +28,8 @@
  *
  * Outside interfaces
  *   API      GET /api/v1/services, /apis/discovery.k8s.io/v1/endpointslices,
- *            /api/v1/nodes (own node only); list and watch
+ *            /api/v1/nodes (own node only), /apis/networking.k8s.io/v1/servicecidrs;
+ *            list and watch
  *   files    kubeconfig and what it names; see "kubeconfig"
  *   bpffs    the pin directory; see "doors" for what is in it
  *   netlink  RTNLGRP_LINK; clsact and cls_bpf where there is no tcx
@@ -47,6 +48,7 @@
 #include <inttypes.h>
 #include <limits.h>
 #include <link.h>
+#include <linux/capability.h>
 #include <linux/if_link.h>
 #include <linux/magic.h>
 #include <linux/netlink.h>
@@ -85,6 +87,7 @@
 #include <sys/syscall.h>
 #include <sys/sysmacros.h>
 #include <sys/types.h>
+#include <sys/utsname.h>
 #include <sys/vfs.h>
 #include <time.h>
 #include <unistd.h>
@@ -194,15 +197,6 @@ __attribute__((format(printf, 2, 3))) static void buf_printf(struct buf *b, cons
 	b->len += n;
 }
 
-/* Takes the first n bytes away. */
-static void buf_drop(struct buf *b, size_t n)
-{
-	b->len -= n;
-	memmove(b->at, b->at + n, b->len);
-	if (b->at)
-		b->at[b->len] = 0;
-}
-
 /* Empties, and gives the memory back if it is more than `keep` bytes. */
 static void buf_reset(struct buf *b, size_t keep)
 {
@@ -265,6 +259,13 @@ static bool addr_parse(const char *s, size_t n, struct in6_addr *a)
 			text[len++] = s[i];
 	text[len] = 0;
 	return inet_pton(v6 ? AF_INET6 : AF_INET, text, v6 ? a->s6_addr : a->s6_addr + 12) == 1;
+}
+
+/* From the 4 or 16 bytes of an address of that family. */
+static void addr_take(struct in6_addr *a, int family, const void *bytes)
+{
+	*a = (struct in6_addr){ .s6_addr = { [10] = 0xff, [11] = 0xff } };
+	memcpy(family == AF_INET ? a->s6_addr + 12 : a->s6_addr, bytes, family == AF_INET ? 4 : 16);
 }
 
 /* The text of an address (RFC 5952); `text` has INET6_ADDRSTRLEN bytes and is
@@ -382,7 +383,7 @@ static struct options {
 
 /* A certificate or key in PEM, and where it comes from, for the message. */
 struct pem {
-	struct buf text;
+	struct buf *text;
 	char from[256];
 };
 
@@ -484,17 +485,17 @@ static int tls_parse(struct tls_trust *t, const struct pem *ca, const struct pem
 	int (*random)(void *, unsigned char *, size_t) = mbedtls_psa_get_random;
 	void *state = MBEDTLS_PSA_RANDOM_STATE;
 
-	if (mbedtls_x509_crt_parse(&t->ca, (void *)ca->text.at, ca->text.len + 1) < 0)
+	if (mbedtls_x509_crt_parse(&t->ca, (void *)ca->text->at, ca->text->len + 1) < 0)
 		return fail("%s: no CA certificate in PEM form", ca->from);
-	if (!cert->text.len && !key->text.len)
+	if (!cert->text->len && !key->text->len)
 		return 0;
-	if (!cert->text.len || !key->text.len)
+	if (!cert->text->len || !key->text->len)
 		return fail("%s: a client certificate and its key need each other",
-			    cert->text.len ? cert->from : key->from);
-	if (mbedtls_x509_crt_parse(&t->cert, (void *)cert->text.at, cert->text.len + 1))
+			    cert->text->len ? cert->from : key->from);
+	if (mbedtls_x509_crt_parse(&t->cert, (void *)cert->text->at, cert->text->len + 1))
 		return fail("%s: no client certificate in PEM form", cert->from);
-	if (mbedtls_pk_parse_key(&t->key, (void *)key->text.at, key->text.len + 1, NULL, 0, random,
-				 state))
+	if (mbedtls_pk_parse_key(&t->key, (void *)key->text->at, key->text->len + 1, NULL, 0,
+				 random, state))
 		return fail("%s: no usable client key (RSA or ECDSA in PEM form, not encrypted)",
 			    key->from);
 	if (mbedtls_pk_check_pair(&t->cert.pk, &t->key, random, state))
@@ -586,8 +587,8 @@ static int tls_explain(struct tls *t, int r)
 	if (r == MBEDTLS_ERR_NET_RECV_FAILED || r == MBEDTLS_ERR_NET_SEND_FAILED ||
 	    r == MBEDTLS_ERR_SSL_CONN_EOF)
 		return fail("the connection broke (%s)%s",
-			    r == MBEDTLS_ERR_SSL_CONN_EOF ? "closed" : strerror(t->error), !shaking ?
-			    "" : " in the TLS handshake: does the server take our client certificate?");
+			    r == MBEDTLS_ERR_SSL_CONN_EOF ? "closed" : strerror(t->error), !shaking ? "" :
+			    " in the TLS handshake: does the server take our client certificate?");
 	if (r == MBEDTLS_ERR_SSL_BAD_CERTIFICATE)
 		return fail("the server's certificate is not made for servers");
 	return fail("TLS failed (mbedTLS -0x%04x)", -r);
@@ -788,18 +789,6 @@ static int http_line(struct http *h, const char **at, size_t *n)
 	return 1;
 }
 
-static int http_status(struct http *h, const char *s)
-{
-	int n = 0;
-
-	if (sscanf(s, "HTTP/1.%*1[0-9] %3d%n", &h->status, &n) != 1 || n != 12 || h->status < 100 ||
-	    (s[12] && s[12] != ' '))
-		return http_alien(s);
-	h->keeps = s[7] != '0';
-	h->state = HTTP_HEADERS;
-	return 0;
-}
-
 static int http_header(struct http *h, char *s)
 {
 	size_t name = strcspn(s, ": \t");
@@ -854,32 +843,33 @@ static int http_framing(struct http *h)
 	return 0;
 }
 
-static int http_chunk_size(struct http *h, const char *s)
-{
-	size_t digits = strspn(s, "0123456789abcdefABCDEF");
-
-	if (!digits || digits > 15 || !memchr("; \t", s[digits], 4))
-		return fail("a chunk's size that is none: \"%.40s\"", s);
-	h->left = strtoull(s, NULL, 16);
-	h->state = h->left ? HTTP_CHUNK : HTTP_TRAILERS;
-	return 0;
-}
-
 /* h->line is whole: on to the next state. */
 static int http_step(struct http *h)
 {
+	char *s = h->line.at;
+	size_t digits = strspn(s, "0123456789abcdefABCDEF");
+	int n = 0;
+
 	switch (h->state) {
 	case HTTP_STATUS:
-		return http_status(h, h->line.at);
+		if (sscanf(s, "HTTP/1.%*1[0-9] %3d%n", &h->status, &n) != 1 || n != 12 ||
+		    h->status < 100 || (s[12] && s[12] != ' '))
+			return http_alien(s);
+		h->keeps = s[7] != '0';
+		h->state = HTTP_HEADERS;
+		return 0;
 	case HTTP_HEADERS:
-		return h->line.len ? http_header(h, h->line.at) : http_framing(h);
+		return *s ? http_header(h, s) : http_framing(h);
 	case HTTP_CHUNK_SIZE:
-		return http_chunk_size(h, h->line.at);
+		h->left = strtoull(s, NULL, 16);
+		h->state = h->left ? HTTP_CHUNK : HTTP_TRAILERS;
+		return !digits || digits > 15 || !memchr("; \t", s[digits], 4) ?
+			fail("a chunk's size that is none: \"%.40s\"", s) : 0;
 	case HTTP_CHUNK_END:
 		h->state = HTTP_CHUNK_SIZE;
-		return h->line.len ? fail("a chunk is longer than its size said") : 0;
+		return *s ? fail("a chunk is longer than its size said") : 0;
 	default: /* trailers */
-		h->state = h->line.len ? HTTP_TRAILERS : HTTP_DONE;
+		h->state = *s ? HTTP_TRAILERS : HTTP_DONE;
 		return 0;
 	}
 }
@@ -1322,8 +1312,8 @@ enum split_got { SPLIT_MORE, SPLIT_ITEM, SPLIT_HEAD, SPLIT_BAD };
 struct split { /* all zero + shape */
 	enum split_shape shape;
 	/* what split_feed just gave out, until the next call */
-	const char *text, *flaw; /* flaw: NULL, too long or too deep: text may be only a beginning */
-	size_t len, size, good;	 /* size: as it came, with white space and, of a HEAD, its items */
+	const char *text, *flaw; /* flaw: NULL, or too long or deep: text may be a beginning */
+	size_t len, size, good;	 /* size: as it came, with white space and a HEAD's items */
 	int nesting;
 	unsigned n_lists; /* arrays under "items" begun in this head: of two the last counts */
 	/* inside */
@@ -1477,16 +1467,15 @@ static int json_take(struct json *j, const struct split *s)
 enum kind {
 	SERVICES,
 	SLICES,
-	NODES,
-	N_KINDS, /* an API server is asked for those before; what follows comes by --from alone */
-	SERVICE_CIDRS = N_KINDS,
-	N_READ,
+	NODES,	       /* and what follows: we can do without, see watch_denied */
+	SERVICE_CIDRS,
+	N_KINDS
 };
 
 static const struct {
 	const char *name, *api;
 	bool namespaced;
-} kinds[N_READ] = {
+} kinds[N_KINDS] = {
 	[SERVICES] = { "Service", "v1", true },
 	[SLICES] = { "EndpointSlice", "discovery.k8s.io/v1", true },
 	[NODES] = { "Node", "v1", false },
@@ -1567,13 +1556,13 @@ struct object {
 	uint8_t kind;
 	bool unnamed; /* its name is not known: the line about it stands for that */
 	uint32_t size;
-	uint32_t blank : 1; /* nothing but its name: bad, or ignored by rule 1 and the like */
+	uint32_t blank : 1;  /* nothing but its name: bad, or ignored by rule 1 and the like */
 	uint32_t served : 1; /* --selector and --namespace take it */
 	uint32_t internal_local : 1, external_local : 1, v4 : 1, n_cluster : 2, affinity : 25;
 	uint32_t created; /* seconds since 1970; 0: not known, the oldest */
 	uint32_t n_external, n_lb, n_cidrs, n_ports, n_endpoints;
-	/* cluster, external, lb; then sources, or a ServiceCIDR's ranges; ports; texts: "NAMESPACE\0NAME\0", a slice's
-	 * service or a Node's zone, a slice's endpoints, names of ports */
+	/* cluster, external, lb; then sources, or a ServiceCIDR's ranges; ports; texts: namespace,
+	 * name, a slice's service or a Node's zone, a slice's endpoints, names of ports */
 	struct in6_addr at[];
 };
 
@@ -1816,10 +1805,9 @@ static int read_member(struct reader *r, int at, const char *key, jsmntype_t typ
 }
 
 /* Each element of an array that is of this type; null is none. */
-#define READ_EACH(r, i, parent, key, type)                                                      \
-	for (int i##_in = read_member(r, parent, key, JSMN_ARRAY),                              \
-		 i = json_first((r)->j, i##_in);                                                \
-	     i >= 0; i = json_next((r)->j, i##_in, i))                                          \
+#define READ_EACH(r, i, parent, key, type)                                                         \
+	for (int i##_in = read_member(r, parent, key, JSMN_ARRAY), i = json_first((r)->j, i##_in); \
+	     i >= 0; i = json_next((r)->j, i##_in, i))                                             \
 		if (read_typed(r, i, type) >= 0)
 
 /* A string decoded into r->text, empty if there is none. */
@@ -2223,7 +2211,7 @@ static struct object *object_read(const struct filter *f, enum kind k, const str
  * Objects; services, their slices, our node; who claims which address; who is
  * dirty. Each put and delete settles claims and VIPs at once, so what comes out
  * depends on the set of objects alone, never on their order. */
-struct claim {		   /* that an address is a service's */
+struct claim {		  /* that an address is a service's */
 	struct link link; /* by the address */
 	struct service *of;
 	struct in6_addr addr;
@@ -2256,14 +2244,14 @@ struct model { /* all zero, then model_init */
 		const char *node, *zone;
 	} places; /* ours; "": not known */
 	struct table objects, services, claims;
-	size_t n_of[N_READ]; /* objects that are not blank */
-	size_t n_bad;	      /* the others */
+	size_t n_of[N_KINDS]; /* objects that are not blank */
+	size_t n_bad;	     /* the others */
 	struct service *dirty;
-	bool synced[N_READ];
-	uint16_t round[N_READ]; /* lists that were begun */
-	bool unnamed[N_READ];	 /* the last one had a bad object whose name is not known */
-	bool repeated;		 /* the last bad object was as bad before: say it once */
-	bool ranges_changed;	 /* since model_ranges gave them out */
+	bool synced[N_KINDS];
+	uint16_t round[N_KINDS];		/* lists that were begun */
+	bool unnamed[N_KINDS];		/* the last one had a bad object whose name is not known */
+	bool repeated;			/* the last bad object was as bad before: say it once */
+	bool ranges_changed;		/* since model_ranges gave them out */
 	size_t n_without, said_without; /* services that found the VIP range full */
 };
 
@@ -2275,7 +2263,7 @@ static int model_init(struct model *m, const struct options *o)
 	m->places.node = o->node ? o->node : "";
 	m->places.zone = "";
 	m->ranges_changed = true;
-	return selector_match(o->selector, NULL, -1) < 0 ? -1 : 0;
+	return selector_match(o->selector, &(struct json){ 0 }, -1) < 0 ? -1 : 0;
 }
 
 static void model_dirty(struct model *m, struct service *s)
@@ -2371,14 +2359,15 @@ static void claim_remove(struct model *m, struct claim *c)
 static const char *claim_refused(const struct model *m, const struct claim *c)
 {
 	static char text[INET6_ADDRSTRLEN + 20];
+	char cidr[INET6_ADDRSTRLEN + 4];
 
 	for (int i = m->opt->has_vip_range ? -1 : 0; i < m->opt->n_maps; i++) {
 		const struct cidr *range = i < 0 ? &m->opt->vip_range : &m->opt->maps[i].from;
 
 		if (c->dealt || !c->of->spec->served || !cidr_has(range, &c->addr))
 			continue;
-		strcpy(text, i < 0 ? "--vip-range " : "--map ");
-		cidr_text(range, text + strlen(text));
+		snprintf(text, sizeof(text), "%s %s", i < 0 ? "--vip-range" : "--map",
+			 cidr_text(range, cidr));
 		return text;
 	}
 	return NULL;
@@ -2553,7 +2542,8 @@ static void vip_release(struct model *m, struct service *s)
 		    (!best || service_older(o, best)))
 			best = o;
 	}
-	vip_take(m, best, hole);
+	if (best)
+		vip_take(m, best, hole);
 	m->n_without--;
 }
 
@@ -2578,24 +2568,18 @@ static void service_change(struct model *m, struct service *s, struct object *ne
 	model_dirty(m, s);
 }
 
-static void slice_change(struct model *m, struct object *old, struct object *new)
+/* A slice joins its service, or leaves it. */
+static void slice_move(struct model *m, struct object *o, bool joins)
 {
-	if (old) {
-		struct service *of = service_get(m, object_text(old, 0), object_more(old));
-		struct object **at = &of->slices;
+	struct service *of = service_get(m, object_text(o, 0), object_more(o));
+	struct object **at = &of->slices;
 
-		while (*at != old)
-			at = &(*at)->sibling;
-		*at = old->sibling;
-		model_dirty(m, of);
-	}
-	if (new) {
-		struct service *of = service_get(m, object_text(new, 0), object_more(new));
-
-		new->sibling = of->slices;
-		of->slices = new;
-		model_dirty(m, of);
-	}
+	while (!joins && *at != o)
+		at = &(*at)->sibling;
+	if (joins)
+		o->sibling = *at;
+	*at = joins ? o : o->sibling;
+	model_dirty(m, of);
 }
 
 static void zone_change(struct model *m, const char *zone)
@@ -2634,8 +2618,10 @@ static void model_replace(struct model *m, struct object *old, struct object *ne
 		table_add(&m->objects, &new->link, object_hash(new));
 	if (k == SERVICES && any)
 		service_change(m, service_get(m, object_text(any, 0), object_name(any)), is);
-	if (k == SLICES)
-		slice_change(m, was, is);
+	if (k == SLICES && was)
+		slice_move(m, was, false);
+	if (k == SLICES && is)
+		slice_move(m, is, true);
 	if (k == NODES)
 		zone_change(m, is ? object_more(is) : "");
 	m->ranges_changed |= any && k == SERVICE_CIDRS;
@@ -2650,26 +2636,28 @@ static void model_replace(struct model *m, struct object *old, struct object *ne
  * a relist too; it is remembered even if there is none. */
 static void model_store(struct model *m, struct object *o)
 {
-	const size_t said = offsetof(struct object, size);
+	const size_t from = offsetof(struct object, size);
 	struct object *old = object_find(m, o);
+	bool same = old && old->size == o->size &&
+		!memcmp((char *)old + from, (char *)o + from, o->size - from);
 
 	o->blank |= o->kind == NODES && strcmp(object_name(o), m->places.node);
 	o->round = m->round[o->kind];
 	m->repeated = old && o->bad && old->bad == o->bad;
-	m->unnamed[o->kind] |= o->bad && o->unnamed;
+	m->unnamed[o->kind] |= o->unnamed;
 	if (old) {
 		old->round = o->round;
 		old->bad = o->bad;
 	}
-	if (o->bad ? !old && m->n_bad < MAX_BAD : !o->blank)
-		if (!old || old->size != o->size ||
-		    memcmp((char *)old + said, (char *)o + said, o->size - said)) {
-			model_replace(m, old, o);
-			return;
-		}
-	if (old && o->blank && !o->bad)
-		model_replace(m, old, NULL);
-	free(o);
+	if (!old && (!o->blank || (o->bad && m->n_bad < MAX_BAD))) {
+		model_replace(m, NULL, o);
+	} else if (old && !o->blank && !same) {
+		model_replace(m, old, o);
+	} else {
+		if (old && o->blank && !o->bad)
+			model_replace(m, old, NULL);
+		free(o);
+	}
 }
 
 /* 0; or -1 with why, naming kind, namespace/name and field: the object is bad,
@@ -2690,6 +2678,7 @@ static void model_delete(struct model *m, enum kind k, const struct json *j, int
 
 	o->blank = true; /* it is as if it were ignored from now on */
 	o->bad = 0;
+	o->unnamed = false;
 	model_store(m, o);
 }
 
@@ -2858,6 +2847,8 @@ struct entry { /* one service port in one family and one scope */
 	struct backend *backends;   /* likewise */
 	struct backend *serving;    /* a UDP flow to one of these is not flushed (rule 17) */
 	int n_frontends, n_sources, n_backends, n_serving;
+	/* for --status: of the flows there are; [0] from clients, [1] to them */
+	uint64_t flows, packets[2], bytes[2];
 };
 
 /* An endpoint of one service port; of those with one address and port the
@@ -2949,7 +2940,8 @@ static int resolve_candidates(const struct model *m, struct service *s, const st
 		}
 	}
 	if (sctp_left)
-		buf_printf(&r->lost, "port \"%s\": SCTP endpoints with another port number; ", name);
+		buf_printf(&r->lost, "port \"%s\": SCTP endpoints with another port number; ",
+			   name);
 	all = (struct candidate *)r->candidates.at;
 	n = r->candidates.len / sizeof(*all);
 	if (n)
@@ -3100,8 +3092,8 @@ static void resolve_entry(struct model *m, struct service *s, const struct port 
 	for (int i = 0; i < candidates; i++) {
 		bool ready = candidate_ready(&c[i]);
 
-		e.drop_if_empty |= local && !c[i].backend.local &&
-			(ready || candidate_fallback(&c[i]));
+		e.drop_if_empty |=
+			local && !c[i].backend.local && (ready || candidate_fallback(&c[i]));
 		/* ready alone: publishNotReadyAddresses */
 		if (ready || !(c[i].conditions & ENDPOINT_NOT_SERVING)) {
 			buf_add(&r->backs, &c[i].backend, sizeof(*e.serving));
@@ -3217,6 +3209,18 @@ static void print_entries_json(struct buf *out, const struct entry *e, int n, bo
 }
 
 /* For people, as `wg show`. */
+/* "1.21 MiB" */
+static void print_size(struct buf *out, const char *before, uint64_t bytes)
+{
+	static const char *const units[] = { "B", "KiB", "MiB", "GiB", "TiB" };
+	double size = bytes;
+	int unit = 0;
+
+	for (; size >= 1024 && unit < 4; unit++)
+		size /= 1024;
+	buf_printf(out, unit ? "%s%.2f %s" : "%s%.0f %s", before, size, units[unit]);
+}
+
 static void print_entries_text(struct buf *out, const struct entry *e, int n)
 {
 	char text[INET6_ADDRSTRLEN + 4];
@@ -3244,6 +3248,13 @@ static void print_entries_text(struct buf *out, const struct entry *e, int n)
 				   e->drop_if_empty ? "dropped" : "rejected");
 		if (e->affinity)
 			buf_printf(out, "\n  affinity: %" PRIu32 " seconds", e->affinity);
+		if (e->flows)
+			buf_printf(out, "\n  flows: %" PRIu64, e->flows);
+		for (int way = 0; way < 2 && e->flows; way++) {
+			print_size(out, way ? ", " : "\n  transfer: ", e->bytes[way]);
+			buf_printf(out, " in %" PRIu64 " packets %s clients", e->packets[way],
+				   way ? "to" : "from");
+		}
 		buf_printf(out, "\n");
 	}
 }
@@ -3323,12 +3334,12 @@ static int from_object(struct from *f, const struct json *j, const char *kind)
 		return fail("object %zu: kind must be given, as a string", f->n_seen);
 	if (api >= 0 && !json_is(j, api, JSMN_STRING))
 		return fail("object %zu: apiVersion must be a string", f->n_seen);
-	for (k = 0; k < N_READ; k++)
+	for (k = 0; k < N_KINDS; k++)
 		if ((own < 0 ? !strcmp(kind, kinds[k].name) : json_eq(j, own, kinds[k].name)) &&
 		    (api >= 0 ? json_eq(j, api, kinds[k].api) :
 				*kind && (of < 0 || json_eq(&f->head, of, kinds[k].api))))
 			break;
-	if (k == N_READ)
+	if (k == N_KINDS)
 		return j->flaw ? fail("object %zu %s", f->n_seen, j->flaw) : 0;
 	o = object_read(&f->m->filter, k, j, 0);
 	buf_add(&f->got, &o, sizeof(o));
@@ -3452,10 +3463,10 @@ static int from_read(struct model *m, const char *file)
 
 	if (in && in != stdin)
 		fclose(in);
-	for (enum kind k = 0; k < N_READ && !got; k++)
+	for (enum kind k = 0; k < N_KINDS && !got; k++)
 		model_mark(m, k);
 	from_give(&f, 0, !got);
-	for (enum kind k = 0; k < N_READ && !got; k++)
+	for (enum kind k = 0; k < N_KINDS && !got; k++)
 		model_sweep(m, k);
 	free(f.head.tok);
 	free(f.item.tok);
@@ -3470,13 +3481,16 @@ static int from_read(struct model *m, const char *file)
  * before what points; then drop those of the old list that the new one lacks. A set
  * of backends is named by a hash of its contents, so it never changes, and the switch
  * from one to the next is the write of one svc_map value. */
-enum map { TEXT_MAP, NET_MAP, SET_MAP, SVC_MAP, CT_MAP, STAT_MAP, AGENT_MAP, N_MAPS };
+enum map { TEXT_MAP, NET_MAP, SET_MAP, SVC_MAP, CT_MAP, STAT_MAP, AGENT_MAP, DOOR_MAP, N_MAPS };
 
 static const char *const map_names[N_MAPS] = { "text_map", "net_map",  "set_map",  "svc_map",
-					       "ct_map",   "stat_map", "agent_map" };
+					       "ct_map",   "stat_map", "agent_map", "door_map" };
 
 #define KEY_MOST    28	  /* bytes of the longest key below */
+#define MAX_PLACES  16384 /* networks of pods; a node has one or two */
 #define SET_GRACE   1000  /* ms; the datapath holds on to a set for microseconds */
+#define SWEEP_LEAST 60000 /* ms from one sweep of ct_map to the next */
+#define SWEEP_GRACE 5	  /* seconds that a flow may be over before it is deleted */
 #define WRITE_AGAIN 30000 /* ms until what a map did not take is tried again */
 
 struct element {
@@ -3520,7 +3534,12 @@ static struct maps {
 	struct table shared;
 	struct buf dying; /* struct dying, in the order of their ends */
 	struct buf ranges; /* elements of net_map that are no service's; sorted */
+	struct table places; /* struct place */
+	bool places_changed;
 	int64_t again_at; /* when services that `failed` are written again; INT64_MAX: none did */
+	int64_t sweep_at;     /* flows_sweep: not before */
+	int64_t sweep_due;    /* when the next of the flows is over that it has seen */
+	uint64_t flows_begun; /* TL_FLOW_NEW then */
 	struct buf udp;	  /* uint64_t: what maps_flush_udp may keep, see udp_mark */
 	bool udp_changed;
 	bool adopted; /* the first sync is done: nothing unknown is left in the maps */
@@ -3596,7 +3615,7 @@ static void write_element(struct writing *w, const struct element *e, const void
 			warn("service %s/%s is not served as it should be: %s did not take it "
 			     "(%s); it is tried again from time to time",
 			     w->entry->ns, w->entry->name, map_names[e->map],
-			     errno == E2BIG ? "it is full" : strerror(errno));
+			     errno == E2BIG || errno == ENOSPC ? "it is full" : strerror(errno));
 	}
 	if (there || !w->failed)
 		buf_add(&w->elements, e, sizeof(*e));
@@ -3623,19 +3642,52 @@ static uint64_t write_text(struct writing *w, const char *text, size_t n, bool s
 	return e.text.text;
 }
 
-static void put_backend(struct writing *w, struct tl_backend *to, const struct backend *b,
-			uint32_t index)
+/* Must it see our address, so that its replies come back here? */
+static bool backend_snat(const struct backend *b)
+{
+	return opt.snat == SNAT_ON || (opt.snat == SNAT_AUTO && !b->local);
+}
+
+/* A network of backends that want source NAT: pods of a node are reached by one route, so
+ * one of them is asked for. What is here once stays. */
+struct place {
+	struct link link;
+	struct in6_addr net, addr;
+};
+
+static void place_note(struct maps *m, const struct in6_addr *addr)
+{
+	struct place *p = NULL, new = { .net = *addr, .addr = *addr };
+	uint64_t hash;
+
+	addr_mask(&new.net, addr_is_v4(addr) ? 96 + 24 : 64);
+	hash = hash64(0, &new.net, sizeof(new.net));
+	while ((p = (struct place *)table_next(&m->places, (struct link *)p, hash)))
+		if (!memcmp(&p->net, &new.net, sizeof(new.net)))
+			return;
+	if (m->places.n == MAX_PLACES)
+		return warn("more than %d networks of pods: source NAT may be missing towards some", MAX_PLACES);
+	p = mem(NULL, sizeof(*p));
+	*p = new;
+	table_add(&m->places, &p->link, hash);
+	m->places_changed = true;
+}
+
+static void put_backend(struct writing *w, struct tl_chunk *chunk, uint32_t at,
+			const struct backend *b)
 {
 	uint64_t seed = hash64(b->port, &b->addr, sizeof(b->addr)); /* every node agrees on it */
+	struct tl_backend *to = &chunk->at[at];
 
+	chunk->seed[at] = seed ? seed : 1;
 	*to = (struct tl_backend){
-		.seed = seed ? seed : 1, /* 0 means none */
 		.node = write_text(w, b->node, strlen(b->node), true),
 		.port = htons(b->port),
-		.flags = b->local ? TL_BACKEND_LOCAL : 0,
-		.index = index,
+		.flags = (b->local ? TL_BACKEND_LOCAL : 0) | (backend_snat(b) ? TL_BACKEND_SNAT : 0),
 	};
 	memcpy(&to->addr, &b->addr, sizeof(to->addr));
+	if (backend_snat(b))
+		place_note(w->maps, &b->addr);
 }
 
 /* Writes the backends of an entry, at most TL_MAX_BACKENDS; the set's number is
@@ -3654,7 +3706,7 @@ static void write_set(struct writing *w, struct tl_svc *svc)
 	svc->n_backends = n;
 	svc->set = hash64(svc->name, &entry->scope, sizeof(entry->scope));
 	for (const struct backend *b = entry->backends; b < entry->backends + n; b++) {
-		svc->set ^= b->port ^ (uint64_t)b->local << 32;
+		svc->set ^= b->port ^ (uint64_t)b->local << 32 ^ (uint64_t)backend_snat(b) << 33;
 		svc->set = hash64(svc->set, &b->addr, sizeof(b->addr));
 		svc->set = hash64(svc->set, b->node, strlen(b->node));
 	}
@@ -3663,7 +3715,7 @@ static void write_set(struct writing *w, struct tl_svc *svc)
 		for (uint32_t i = 0; i < TL_CHUNK; i++) {
 			uint32_t index = from + i < n ? from + i : from; /* see choose() */
 
-			put_backend(w, &chunk.at[i], &entry->backends[index], index);
+			put_backend(w, &chunk, i, &entry->backends[index]);
 		}
 		e.set.chunk = from / TL_CHUNK;
 		write_element(w, &e, &chunk, true);
@@ -3850,7 +3902,9 @@ static void maps_tick(struct maps *m, struct model *model, int64_t now)
 
 	for (; n < m->dying.len / sizeof(*d) && d[n].at <= now; n++)
 		bpf_map_delete_elem(m->fd[SET_MAP], &d[n].set);
-	buf_drop(&m->dying, n * sizeof(*d));
+	m->dying.len -= n * sizeof(*d);
+	if (n)
+		memmove(m->dying.at, m->dying.at + n * sizeof(*d), m->dying.len);
 	if (m->again_at == INT64_MAX || (!n && now < m->again_at))
 		return;
 	m->again_at = INT64_MAX;
@@ -3910,7 +3964,7 @@ static void flow_flush(void *arg, const struct tl_tuple *t, const struct tl_flow
 	uint16_t front_port = ntohs(request ? t->dport : f->sport);
 	uint16_t back_port = ntohs(request ? f->dport : t->sport);
 
-	if (t->proto != IPPROTO_UDP || (m->adopted && !number_in(&m->udp, f->name)))
+	if (t->proto != IPPROTO_UDP || t->dir > TL_REPLY || (m->adopted && !number_in(&m->udp, f->name)))
 		return;
 	memcpy(&front, request ? &t->dst : &f->src, sizeof(front));
 	memcpy(&back, request ? &f->dst : &t->src, sizeof(back));
@@ -3931,6 +3985,71 @@ static void maps_flush_udp(struct maps *m)
 	}
 	buf_free(&m->udp);
 	m->udp_changed = false;
+}
+
+/* Jiffies in a second. */
+static uint64_t jiffies_hz(void)
+{
+	struct timespec tick;
+
+	clock_getres(CLOCK_MONOTONIC_COARSE, &tick); /* one jiffy */
+	return (1000000000 + tick.tv_nsec / 2) / tick.tv_nsec;
+}
+
+/* bpf_jiffies64(), give or take a second or two: it begins at INITIAL_JIFFIES
+ * (linux/jiffies.h), five minutes before it overflows 32 bits, and runs as the clock. */
+static uint64_t jiffies_now(uint64_t hz)
+{
+	return (1ULL << 32) - 300 * hz + now_ms() * hz / 1000;
+}
+
+struct sweep {
+	int ct;
+	uint64_t hz, now;
+	int64_t next; /* seconds until one more is over */
+};
+
+static void flow_expire(void *arg, const struct tl_tuple *t, const struct tl_flow *f)
+{
+	struct sweep *s = arg;
+	int64_t left = tl_flow_idle(t->proto, f->state) - (int64_t)(s->now - f->seen) / (int64_t)s->hz;
+
+	if (left < -SWEEP_GRACE)
+		bpf_map_delete_elem(s->ct, t);
+	else if (left < s->next)
+		s->next = left;
+}
+
+static uint64_t counter_read(const struct maps *m, uint32_t reason)
+{
+	int cpus = libbpf_num_possible_cpus();
+	uint64_t *each = mem(NULL, cpus * sizeof(*each)), sum = 0;
+
+	if (!bpf_map_lookup_elem(m->fd[STAT_MAP], &reason, each))
+		for (int i = 0; i < cpus; i++)
+			sum += each[i];
+	free(each);
+	return sum;
+}
+
+/* Flows that are over make room for others before the table is full, which takes what was
+ * not used for longest and asks for no state. Done when we are awake anyway, if there are
+ * new flows since the last time or an old one is due: nothing wakes us for it. */
+static void flows_sweep(struct maps *m, int64_t now)
+{
+	struct sweep s = { .ct = m->fd[CT_MAP], .hz = jiffies_hz(), .next = INT32_MAX };
+	uint64_t begun;
+
+	if (now < m->sweep_at)
+		return;
+	m->sweep_at = now + SWEEP_LEAST;
+	begun = counter_read(m, TL_FLOW_NEW);
+	if (begun == m->flows_begun && now < m->sweep_due)
+		return;
+	s.now = jiffies_now(s.hz);
+	flows_walk(s.ct, flow_expire, &s);
+	m->flows_begun = begun;
+	m->sweep_due = now + (s.next + SWEEP_GRACE) * 1000;
 }
 
 /* --- adopting what an earlier run left ------------------------------------- */
@@ -4009,6 +4128,7 @@ struct link_news {
 	int ifindex;
 	bool gone;
 	unsigned short type; /* ARPHRD_* */
+	uint32_t mtu;
 	char name[IF_NAMESIZE];
 };
 
@@ -4084,7 +4204,49 @@ static bool link_read(const struct nlmsghdr *h, struct link_news *news)
 	for (const struct rtattr *a = IFLA_RTA(i); RTA_OK(a, left); a = RTA_NEXT(a, left))
 		if (a->rta_type == IFLA_IFNAME)
 			snprintf(news->name, sizeof(news->name), "%s", (const char *)RTA_DATA(a));
+		else if (a->rta_type == IFLA_MTU)
+			memcpy(&news->mtu, RTA_DATA(a), sizeof(news->mtu));
 	return true;
+}
+
+/* How the kernel would send to an address: by which interface, from which address. */
+struct route {
+	int ifindex; /* 0: not at all, or it is an address of ours */
+	struct in6_addr src;
+};
+
+static void on_route(void *arg, const struct nlmsghdr *h)
+{
+	const struct rtmsg *m = NLMSG_DATA(h);
+	struct route *r = arg;
+	int left = RTM_PAYLOAD(h);
+
+	if (h->nlmsg_type != RTM_NEWROUTE || m->rtm_type != RTN_UNICAST)
+		return;
+	for (const struct rtattr *a = RTM_RTA(m); RTA_OK(a, left); a = RTA_NEXT(a, left))
+		if (a->rta_type == RTA_OIF)
+			memcpy(&r->ifindex, RTA_DATA(a), sizeof(r->ifindex));
+		else if (a->rta_type == RTA_PREFSRC)
+			addr_take(&r->src, m->rtm_family, RTA_DATA(a));
+}
+
+/* Asks for it. False: there is no route. */
+static bool route_find(int fd, const struct in6_addr *to, struct route *r)
+{
+	bool v4 = addr_is_v4(to);
+	struct {
+		struct nlmsghdr h;
+		struct rtmsg m;
+		struct rtattr a;
+		struct in6_addr dst;
+	} ask = { .h = { .nlmsg_type = RTM_GETROUTE, .nlmsg_flags = NLM_F_REQUEST | NLM_F_ACK },
+		  .m = { .rtm_family = v4 ? AF_INET : AF_INET6, .rtm_dst_len = v4 ? 32 : 128 },
+		  .a = { .rta_type = RTA_DST, .rta_len = RTA_LENGTH(v4 ? 4 : 16) } };
+
+	memcpy(&ask.dst, v4 ? to->s6_addr + 12 : to->s6_addr, v4 ? 4 : 16);
+	ask.h.nlmsg_len = offsetof(typeof(ask), a) + ask.a.rta_len;
+	*r = (struct route){ 0 };
+	return send(fd, &ask, ask.h.nlmsg_len, 0) > 0 && netlink_wait(fd, on_route, r) && r->ifindex;
 }
 
 /* === doors (programs on interfaces) =======================================
@@ -4125,16 +4287,24 @@ static int pin_dir_fd(void)
 	return open(opt.pin_dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 }
 
-/* The pin directory, made if it is not there; a descriptor or -1 with why. */
-static int pin_dir_open(void)
+/* What the pin directory is in. */
+static void pin_dir_parent(char parent[PATH_MAX])
 {
-	char parent[PATH_MAX], *slash;
-	int fd;
+	char *slash;
 
-	snprintf(parent, sizeof(parent), "%s", opt.pin_dir);
+	snprintf(parent, PATH_MAX, "%s", opt.pin_dir);
 	slash = strrchr(parent, '/');
 	if (slash && slash != parent)
 		*slash = 0;
+}
+
+/* The pin directory, made if it is not there; a descriptor or -1 with why. */
+static int pin_dir_open(void)
+{
+	char parent[PATH_MAX];
+	int fd;
+
+	pin_dir_parent(parent);
 	if (!is_bpffs(parent) && !strcmp(parent, BPFFS) && mount(MOUNT_NAME, BPFFS, "bpf", 0, NULL))
 		return fail("no bpffs at %s and it cannot be mounted: %s; mount -t bpf bpf %s, or "
 			    "name another by --pin-dir",
@@ -4252,10 +4422,10 @@ static int door_attach_tc(int prog, const char *word, int ifindex, bool in)
 
 /* Puts `prog` behind a door; one of an earlier run is taken over in one step, so
  * no packet goes by unseen. 0, or -1 with why. */
-static int door_attach(const struct bpf_program *program, const char *word, int ifindex, bool in)
+static int door_attach(int prog, const char *word, int ifindex, bool in)
 {
 	struct bpf_link_info info;
-	int old = pinned(word, ifindex), prog = bpf_program__fd(program), link, r = -1;
+	int old = pinned(word, ifindex), link, r = -1;
 
 	if (old >= 0 && is_tcx_link(old, &info) && info.tcx.ifindex == (uint32_t)ifindex)
 		r = bpf_link_update(old, prog, NULL);
@@ -4319,15 +4489,17 @@ static void doors_detach(int ifindex)
 	unpin("clsact", ifindex);
 	unpin("from", ifindex); /* a link goes with its last holder */
 	unpin("to", ifindex);
+	bpf_map_delete_elem(maps.fd[DOOR_MAP], &ifindex);
 }
 
-/* The name of the next file in a directory, NULL: that was all, and it is closed. */
+/* The name of the next file in a directory of a bpffs, but for those with a dot, which only
+ * the kernel can make there; NULL: that was all, and it is closed. */
 static const char *dir_next(DIR *dir)
 {
 	struct dirent *d;
 
 	while (dir && (d = readdir(dir)))
-		if (d->d_name[0] != '.')
+		if (!strchr(d->d_name, '.'))
 			return d->d_name;
 	if (dir)
 		closedir(dir);
@@ -4352,17 +4524,28 @@ static uint64_t *doors_list(size_t *n)
 }
 
 /* --- the object: programs and maps ------------------------------------------ */
-static struct tail_lifter *bpf;
-static struct buf bpf_log; /* what libbpf and the verifier said while loading */
+static struct tail_lifter *bpf; /* while loading: it takes 140 kB */
+static struct buf bpf_log;	/* what libbpf and the verifier said meanwhile */
+
+/* Programs: towards the VPN, towards pods; on links of bare IP, of Ethernet; out, in. */
+static const char *const door_names[2][2][2] = {
+	{ { "to_tailnet", "from_tailnet" }, { "to_tailnet_l2", "from_tailnet_l2" } },
+	{ { "to_pods", "from_pods" }, { "to_pods_l2", "from_pods_l2" } },
+};
+static int door_fd[2][2][2];
 
 static int on_libbpf(enum libbpf_print_level level, const char *fmt, va_list ap)
 {
-	char text[4096];
+	va_list again;
+	int n;
 
 	if (level == LIBBPF_DEBUG)
 		return 0;
-	vsnprintf(text, sizeof(text), fmt, ap);
-	buf_printf(&bpf_log, "%s", text);
+	va_copy(again, ap);
+	n = vsnprintf(NULL, 0, fmt, again); /* a verifier's log is long */
+	va_end(again);
+	buf_room(&bpf_log, n);
+	bpf_log.len += vsnprintf(bpf_log.at + bpf_log.len, n + 1, fmt, ap);
 	return 0;
 }
 
@@ -4426,17 +4609,22 @@ static int maps_pin(struct maps *m, int old_flows)
 	return 0;
 }
 
+/* The i-th of door_names. */
+static struct bpf_program *door_program(int i)
+{
+	return bpf_object__find_program_by_name(bpf->obj, door_names[i / 4][i / 2 % 2][i % 2]);
+}
+
 /* The object as it comes out of this file. 0, or -1 with why. */
 static int datapath_open(void)
 {
-	struct timespec tick;
-
 	bpf = tail_lifter__open();
 	if (!bpf)
 		return fail("cannot open the BPF object: %s", strerror(errno));
-	clock_getres(CLOCK_MONOTONIC_COARSE, &tick); /* one jiffy */
-	bpf->rodata->tl_hz = (1000000000 + tick.tv_nsec / 2) / tick.tv_nsec;
+	bpf->rodata->tl_hz = jiffies_hz();
 	bpf_map__set_max_entries(bpf->maps.ct_map, opt.flows);
+	for (int i = 0; i < 8; i++)
+		bpf_program__set_autoload(door_program(i), i < 4 || opt.snat);
 	return 0;
 }
 
@@ -4461,17 +4649,41 @@ static int datapath_verify(void)
 	return 0;
 }
 
+/* A descriptor that outlives libbpf's. */
+static int keep(int fd)
+{
+	return fcntl(fd, F_DUPFD_CLOEXEC, 0);
+}
+
 /* Loads the programs, with the maps of an earlier run where there are any.
  * 0, or -1 with why. */
 static int datapath_load(struct maps *m)
 {
-	int old_flows;
+	int old_flows, r;
 
 	if (datapath_open() || maps_reuse(&old_flows) || datapath_verify())
 		return -1;
 	for (int i = 0; i < N_MAPS; i++)
-		m->fd[i] = bpf_object__find_map_fd_by_name(bpf->obj, map_names[i]);
-	return maps_pin(m, old_flows);
+		m->fd[i] = keep(bpf_object__find_map_fd_by_name(bpf->obj, map_names[i]));
+	for (int i = 0; i < 8; i++)
+		door_fd[i / 4][i / 2 % 2][i % 2] = keep(bpf_program__fd(door_program(i)));
+	r = maps_pin(m, old_flows);
+	tail_lifter__destroy(bpf);
+	bpf = NULL;
+	return door_fd[0][1][1] < 0 ? fail("too many open files: raise ulimit -n") : r;
+}
+
+/* Name and type of the interface l->ifindex; false: there is none. */
+static bool link_find(struct link_news *l)
+{
+	int any = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+	struct ifreq dev = { .ifr_ifindex = l->ifindex };
+	bool there = !ioctl(any, SIOCGIFNAME, &dev) && !ioctl(any, SIOCGIFHWADDR, &dev);
+
+	close(any);
+	l->type = dev.ifr_hwaddr.sa_family;
+	memcpy(l->name, dev.ifr_name, sizeof(l->name));
+	return there;
 }
 
 /* By its ARPHRD_ type. */
@@ -4480,14 +4692,15 @@ static bool is_ethernet(unsigned short type)
 	return type == ARPHRD_ETHER || type == ARPHRD_LOOPBACK;
 }
 
-/* Both doors of an interface; 0, or -1 with why. */
-static int doors_attach(const struct link_news *l)
+/* Both doors of an interface, towards the VPN, or towards pods if `snat` has our addresses
+ * there. 0, or -1 with why. */
+static int doors_attach(const struct link_news *l, const struct in6_addr *snat)
 {
 	static const unsigned short bare[] = { ARPHRD_NONE,   ARPHRD_RAWIP,   ARPHRD_PPP,
 					       ARPHRD_TUNNEL, ARPHRD_TUNNEL6, ARPHRD_IPGRE };
 	bool l2 = is_ethernet(l->type), known = l2;
-	struct bpf_program *from = l2 ? bpf->progs.from_tailnet_l2 : bpf->progs.from_tailnet;
-	struct bpf_program *to = l2 ? bpf->progs.to_tailnet_l2 : bpf->progs.to_tailnet;
+	const int *prog = door_fd[snat != NULL][l2];
+	struct tl_door door = { .mtu = snat ? 0 : l->mtu };
 
 	for (size_t i = 0; i < ARRAY_SIZE(bare); i++)
 		known |= l->type == bare[i];
@@ -4495,12 +4708,16 @@ static int doors_attach(const struct link_news *l)
 		return fail("interface %s is of a kind we cannot read (ARPHRD type %d): it must "
 			    "carry Ethernet or bare IP",
 			    l->name, l->type);
-	if (!door_attach(to, "to", l->ifindex, false) &&
-	    !door_attach(from, "from", l->ifindex, true))
+	if (snat)
+		memcpy(door.snat, snat, sizeof(door.snat));
+	if (!bpf_map_update_elem(maps.fd[DOOR_MAP], &l->ifindex, &door, BPF_ANY) &&
+	    !door_attach(prog[0], "to", l->ifindex, false) &&
+	    !door_attach(prog[1], "from", l->ifindex, true))
 		return 0;
 	doors_detach(l->ifindex);
 	return fail("interface %s: %s", l->name, why);
 }
+
 /* === kubeconfig ===========================================================
  * Where the API server is and who we are: a pod's service account, or a
  * kubeconfig, in JSON or in the YAML that kubectl and k3s write (block maps and
@@ -4509,39 +4726,21 @@ static int doors_attach(const struct link_news *l)
 #define MAX_CONFIG	(1u << 20) /* bytes of a kubeconfig or of a file it names */
 #define SERVICE_ACCOUNT "/var/run/secrets/kubernetes.io/serviceaccount/"
 
+/* YAML becomes JSON line by line. */
 struct yaml {
-	char *at;   /* the text behind this line */
-	char *s;    /* what is left of this line, without indentation and line end */
-	int indent; /* -1: the text is at its end */
-	int line, depth;
+	struct yaml_open {
+		int column;
+		char close;
+	} open[32]; /* the maps and lists we are in; the first is none, left of all */
+	int n, line;
+	bool wants; /* a value: behind a key or a dash there was none yet */
 };
 
 static int yaml_bad(const struct yaml *y)
 {
-	return fail("line %d: not YAML as kubectl writes it: \"key: value\" and \"- item\" indented "
-		    "alike by spaces (no tab), each value on one line, plain, quoted, {} or []",
-		    y->line);
-}
-
-/* On to the next line that says something; 0, or -1 with why. */
-static int yaml_next(struct yaml *y)
-{
-	while (*y->at) {
-		size_t n = strcspn(y->at, "\n");
-		char *line = y->at, *end = line + n;
-
-		y->at = end + (*end == '\n');
-		while (end > line && strchr(" \r\t", end[-1]))
-			end--;
-		*end = 0;
-		y->line++;
-		y->indent = strspn(line, " ");
-		y->s = line + y->indent;
-		if (*y->s && *y->s != '#' && (y->depth || strcmp(y->s, "---")))
-			return *y->s == '\t' ? yaml_bad(y) : 0;
-	}
-	y->indent = -1;
-	return 0;
+	return fail("line %d: not YAML as kubectl writes it: \"key: value\" and \"- item\" "
+		    "indented alike by spaces (no tab), each value on one line, plain, quoted, {} "
+		    "or []", y->line);
 }
 
 /* Nothing more, or a comment. */
@@ -4551,21 +4750,7 @@ static bool yaml_rest(const char *s)
 	return !*s || *s == '#';
 }
 
-static bool yaml_dash(const struct yaml *y)
-{
-	return *y->s == '-' && (!y->s[1] || y->s[1] == ' ');
-}
-
-/* The colon behind the plain key this line begins with, or NULL. */
-static char *yaml_colon(const struct yaml *y)
-{
-	for (char *c = y->s; *c && !strchr("\"'{[#", *c); c++)
-		if (*c == ':' && (!c[1] || c[1] == ' '))
-			return c;
-	return NULL;
-}
-
-/* The scalar at s, a comment behind it left out, as JSON. */
+/* The scalar at s, a comment behind it left out. */
 static int yaml_scalar(const struct yaml *y, const char *s, struct buf *out)
 {
 	static const char *const words[] = { "true", "false", "null", "{}", "[]" };
@@ -4595,50 +4780,66 @@ static int yaml_scalar(const struct yaml *y, const char *s, struct buf *out)
 	return 0;
 }
 
-/* The block at this indentation, with what is deeper, as JSON. */
-static int yaml_block(struct yaml *y, struct buf *out)
+/* What stands at this column of a line: "key:", "- ", a scalar, or before it the
+ * end of what is deeper; at -1 is the end of all. */
+static int yaml_part(struct yaml *y, int column, const char *s, struct buf *out)
 {
-	bool dash = yaml_dash(y);
-	int indent = y->indent, r = 0;
+	bool dash = *s == '-' && (!s[1] || s[1] == ' '), begins;
+	const char *colon = s, *rest; /* behind the key, or the dash itself */
+	char close = dash ? ']' : '}';
+	struct yaml_open *top;
 
-	if (!dash && !yaml_colon(y)) /* a scalar in a list */
-		return yaml_scalar(y, y->s, out) ? -1 : yaml_next(y);
-	if (++y->depth > 32)
-		return yaml_bad(y);
-	buf_add(out, dash ? "[" : "{", 1);
-	for (bool more = false; !r && y->indent == indent && yaml_dash(y) == dash; more = true) {
-		char *line = y->s, *colon = dash ? line : yaml_colon(y);
-
-		buf_add(out, ",", more);
-		if (!colon)
-			return yaml_bad(y);
-		if (!dash)
-			buf_printf(out, "\"%.*s\":", (int)(colon - line), line);
-		y->s = colon + 1 + strspn(colon + 1, " ");
-		y->indent += y->s - line;
-		if (!yaml_rest(y->s)) {
-			r = dash ? yaml_block(y, out) : yaml_scalar(y, y->s, out) || yaml_next(y);
-			continue;
-		}
-		r = yaml_next(y);
-		if (y->indent > indent || (!dash && y->indent == indent && yaml_dash(y)))
-			r = r || yaml_block(y, out);
-		else
-			buf_add(out, "null", 4);
+	while (!dash && *colon && (*colon != ':' || (colon[1] && colon[1] != ' ')))
+		colon = strchr("\"'{[#", *colon) ? "" : colon + 1;
+	for (top = &y->open[y->n]; y->n; top = &y->open[--y->n]) {
+		if (column > top->column || (column == top->column && (dash || top->close == '}')))
+			break;
+		buf_add(out, "null", y->wants ? 4 : 0);
+		y->wants = false;
+		buf_add(out, &top->close, 1);
 	}
-	buf_add(out, dash ? "]" : "}", 1);
-	y->depth--;
-	return r ? -1 : y->indent > indent ? yaml_bad(y) : 0;
+	if (column < 0)
+		return 0;
+	begins = column > top->column || top->close != close;
+	if (begins ? !y->wants || y->n + 1 == ARRAY_SIZE(y->open) : !*colon)
+		return yaml_bad(y);
+	if (*colon && begins) {
+		y->open[++y->n] = (struct yaml_open){ column, close };
+		buf_add(out, dash ? "[" : "{", 1);
+	} else if (*colon) {
+		buf_printf(out, "%s,", y->wants ? "null" : "");
+	}
+	if (*colon && !dash)
+		buf_printf(out, "\"%.*s\":", (int)(colon - s), s);
+	rest = *colon ? colon + 1 + strspn(colon + 1, " ") : s;
+	y->wants = yaml_rest(rest);
+	if (y->wants)
+		return 0;
+	y->wants = dash;
+	return dash ? yaml_part(y, column + (int)(rest - s), rest, out) : yaml_scalar(y, rest, out);
 }
 
 /* `text`, which is taken apart, as JSON. */
 static int yaml_to_json(char *text, struct buf *out)
 {
-	struct yaml y = { .at = text };
+	struct yaml y = { .open = { { .column = -1 } }, .line = 1, .wants = true };
 
-	if (yaml_next(&y) || (y.indent >= 0 && yaml_block(&y, out)))
-		return -1;
-	return y.indent < 0 ? 0 : yaml_bad(&y);
+	for (char *next; *text; text = next, y.line++) {
+		size_t n = strcspn(text, "\n"), column;
+
+		next = text + n + (text[n] == '\n');
+		while (n && strchr(" \r\t", text[n - 1]))
+			n--;
+		text[n] = 0;
+		column = strspn(text, " ");
+		if (yaml_rest(text) || (!out->len && !strcmp(text, "---")))
+			continue;
+		if (text[column] == '\t')
+			return yaml_bad(&y);
+		if (yaml_part(&y, column, text + column, out))
+			return -1;
+	}
+	return yaml_part(&y, -1, "", out);
 }
 
 struct config {
@@ -4673,33 +4874,6 @@ static uint64_t file_stamp(const struct stat *s)
 	return hash64(0, of, sizeof(of));
 }
 
-/* Reads a whole file, and remembers it for config_changed. */
-static int config_read(struct config *c, const char *path, struct buf *out)
-{
-	int fd = open(path, O_RDONLY | O_CLOEXEC);
-	struct stat seen;
-	ssize_t n = fd < 0 ? -1 : fstat(fd, &seen);
-
-	snprintf(c->files[c->n_files].path, sizeof(c->files->path), "%s", path);
-	c->files[c->n_files++].stamp = n ? 0 : file_stamp(&seen);
-	buf_reset(out, 0);
-	buf_room(out, MAX_CONFIG + 1);
-	while (!n && out->len <= MAX_CONFIG &&
-	       (n = read(fd, out->at + out->len, MAX_CONFIG + 1 - out->len)) > 0) {
-		out->len += n;
-		n = 0;
-	}
-	out->at[out->len] = 0;
-	if (n < 0)
-		fail("%s: %s%s", path, strerror(errno),
-		     errno == EACCES ? ": run as who may read it (root?)" : "");
-	else if (out->len > MAX_CONFIG)
-		n = fail("%s: longer than %u bytes", path, MAX_CONFIG);
-	if (fd >= 0)
-		close(fd);
-	return n < 0 ? -1 : 0;
-}
-
 /* Whether a file is another than when it was read. */
 static bool config_changed(const struct config *c)
 {
@@ -4711,71 +4885,108 @@ static bool config_changed(const struct config *c)
 	return false;
 }
 
-/* A string of the kubeconfig into `out`: 1, 0 absent or "", -1 with why. */
-static int config_string(const struct json *j, int at, const char *key, struct buf *out)
-{
-	int value = json_get(j, at, key);
+/* One reading of a kubeconfig. What fails first stays in `why`, and all that is
+ * read after it is "". */
+struct reading {
+	struct config *c;
+	struct json json;
+	struct buf text[24]; /* all that was read */
+	int n_text;
+	bool bad;
+};
 
-	buf_reset(out, 0);
-	buf_add(out, "", 0);
-	if (value >= 0 && (json_str(j, value, out) || strlen(out->at) != out->len))
-		return fail("%s is no text", key);
-	return out->len > 0;
+static struct buf *reading_text(struct reading *r)
+{
+	struct buf *b = &r->text[r->n_text++];
+
+	buf_add(b, "", 0);
+	return b;
 }
 
-/* The `inner` of the element of `list` that `key` names; -1 with why. */
-static int config_refer(const struct json *j, int at, const char *key, const char *list,
-			const char *inner)
+/* A whole file, remembered for config_changed. */
+static struct buf *reading_file(struct reading *r, const char *path)
 {
-	struct buf name = { 0 };
-	int all = config_string(j, at, key, &name) < 0 ? -1 : json_get(j, 0, list), i;
+	struct buf *out = reading_text(r);
+	int fd = open(path, O_RDONLY | O_CLOEXEC);
+	struct stat seen = { 0 };
+	ssize_t n = fd < 0 ? -1 : fstat(fd, &seen);
 
-	for (i = json_first(j, all); i >= 0; i = json_next(j, all, i))
-		if (json_eq(j, json_get(j, i, "name"), name.at))
+	snprintf(r->c->files[r->c->n_files].path, sizeof(r->c->files->path), "%s", path);
+	r->c->files[r->c->n_files++].stamp = file_stamp(&seen);
+	for (bool more = !n; more; more = n > 0 && out->len <= MAX_CONFIG) {
+		buf_room(out, 4096);
+		n = read(fd, out->at + out->len, 4096);
+		out->len += n > 0 ? n : 0;
+		out->at[out->len] = 0;
+	}
+	if (n < 0)
+		r->bad = fail("%s: %s%s", path, strerror(errno),
+			      errno == EACCES ? ": run as who may read it (root?)" : "");
+	else if (out->len > MAX_CONFIG)
+		r->bad = fail("%s: longer than %u bytes", path, MAX_CONFIG);
+	if (fd >= 0)
+		close(fd);
+	return out;
+}
+
+static struct buf *reading_string(struct reading *r, int at, const char *key)
+{
+	int value = r->bad ? -1 : json_get(&r->json, at, key);
+	struct buf *out = reading_text(r);
+
+	if (value >= 0 && (json_str(&r->json, value, out) || strlen(out->at) != out->len))
+		r->bad = fail("%s is no text", key);
+	return out;
+}
+
+/* The `inner` of the element of `list` that `key` names. */
+static int reading_refer(struct reading *r, int at, const char *key, const char *list,
+			 const char *inner)
+{
+	const char *name = reading_string(r, at, key)->at;
+	int all = json_get(&r->json, 0, list), i;
+
+	for (i = json_first(&r->json, all); i >= 0; i = json_next(&r->json, all, i))
+		if (json_eq(&r->json, json_get(&r->json, i, "name"), name))
 			break;
-	i = json_get(j, i, inner);
-	if (i < 0)
-		fail("%s \"%s\" is not among its %s", key, name.at, list);
-	buf_free(&name);
+	i = json_get(&r->json, i, inner);
+	if (i < 0 && !r->bad)
+		r->bad = fail("%s \"%s\" is not among its %s", key, name, list);
 	return i;
 }
 
-/* The text of the file that KEY names, seen from the kubeconfig's folder; `path` becomes
- * its name. 1, 0 none is named, -1 with why. */
-static int config_file(struct config *c, const struct json *j, int at, const char *key,
-		       struct buf *out, char path[256])
+/* The file that KEY names, seen from the kubeconfig; `path` becomes its name. */
+static struct buf *reading_named(struct reading *r, int at, const char *key, char path[256])
 {
-	int folder = strrchr(c->origin, '/') ? strrchr(c->origin, '/') + 1 - c->origin : 0;
-	int r = config_string(j, at, key, out);
+	const char *origin = r->c->origin, *slash = strrchr(origin, '/');
+	struct buf *name = reading_string(r, at, key);
 
-	if (r <= 0)
-		return r;
-	snprintf(path, 256, "%.*s%s", *out->at == '/' ? 0 : folder, c->origin, out->at);
-	return config_read(c, path, out) ? -1 : 1;
+	if (r->bad || !name->len)
+		return name;
+	snprintf(path, 256, "%.*s%s", *name->at == '/' || !slash ? 0 : (int)(slash + 1 - origin),
+		 origin, name->at);
+	return reading_file(r, path);
 }
 
 /* KEY-data (base64), else the file KEY names; empty if there is neither. */
-static int config_pem(struct config *c, const struct json *j, int at, const char *key,
-		      struct pem *out)
+static struct pem reading_pem(struct reading *r, int at, const char *key)
 {
-	struct buf value = { 0 };
-	char data[64];
-	int r;
+	struct pem pem;
+	struct buf *data;
+	char name[64];
 
-	snprintf(data, sizeof(data), "%s-data", key);
-	snprintf(out->from, sizeof(out->from), "%s of %s", data, c->origin);
-	r = config_string(j, at, data, &value);
-	if (r > 0) {
-		buf_room(&out->text, value.len);
-		if (mbedtls_base64_decode((void *)out->text.at, value.len, &out->text.len,
-					  (void *)value.at, value.len))
-			r = fail("%s: not base64", out->from);
-		out->text.at[out->text.len] = 0;
-	} else if (!r) {
-		r = config_file(c, j, at, key, &out->text, out->from);
+	snprintf(name, sizeof(name), "%s-data", key);
+	snprintf(pem.from, sizeof(pem.from), "%s of %s", name, r->c->origin);
+	data = reading_string(r, at, name);
+	pem.text = data->len ? reading_text(r) : reading_named(r, at, key, pem.from);
+	if (data->len && !r->bad) {
+		buf_room(pem.text, data->len);
+		if (mbedtls_base64_decode((void *)pem.text->at, data->len, &pem.text->len,
+					  (void *)data->at, data->len))
+			r->bad = fail("%s: not base64", pem.from);
+		pem.text->at[pem.text->len] = 0;
 	}
-	buf_free(&value);
-	return r < 0 ? -1 : 0;
+	return pem;
 }
 
 /* "https://HOST[:PORT][/PATH]" */
@@ -4801,106 +5012,89 @@ static int config_server(struct config *c, const char *url)
 }
 
 /* The cluster's entry: address, name to check, CA. */
-static int config_cluster(struct config *c, const struct json *j, int at, struct pem *ca)
+static struct pem config_cluster(struct reading *r, int at)
 {
-	struct buf value = { 0 };
-	int r = config_string(j, at, "server", &value) < 0 ? -1 : config_server(c, value.at);
+	const char *url = reading_string(r, at, "server")->at;
+	const char *name = reading_string(r, at, "tls-server-name")->at;
+	struct pem ca = reading_pem(r, at, "certificate-authority");
 
-	if (!r && (r = config_string(j, at, "tls-server-name", &value)) >= 0)
-		snprintf(c->name, sizeof(c->name), "%s", r ? value.at : c->host);
-	buf_free(&value);
-	if (r < 0)
-		return -1;
-	if (json_get(j, at, "proxy-url") >= 0)
-		return fail("proxy-url is not supported: name a server that is reached directly");
-	if (json_is_word(j, json_get(j, at, "insecure-skip-tls-verify"), "true"))
-		return fail("insecure-skip-tls-verify is refused: give a certificate-authority");
-	if (config_pem(c, j, at, "certificate-authority", ca))
-		return -1;
-	return !c->tls || ca->text.len ? 0 : fail("the cluster has no certificate-authority");
+	if (r->bad || (r->bad = config_server(r->c, url)))
+		return ca;
+	snprintf(r->c->name, sizeof(r->c->name), "%s", *name ? name : r->c->host);
+	if (json_get(&r->json, at, "proxy-url") >= 0)
+		r->bad = fail("proxy-url is not supported: name a server that is reached directly");
+	else if (json_is_word(&r->json, json_get(&r->json, at, "insecure-skip-tls-verify"), "true"))
+		r->bad = fail("insecure-skip-tls-verify is refused: give a certificate-authority");
+	else if (r->c->tls && !ca.text->len)
+		r->bad = fail("the cluster has no certificate-authority");
+	return ca;
 }
 
-/* The user's entry: token, client certificate and key; what we cannot do is refused. */
-static int config_user(struct config *c, const struct json *j, int at, struct pem *cert,
-		       struct pem *key)
+/* The user's token; what we cannot do is refused. */
+static void config_user(struct reading *r, int at)
 {
 	static const char *const refused[] = { "exec", "auth-provider", "username", "as" };
-	struct buf value = { 0 };
+	const struct buf *token;
 	char path[256];
 	const char *s;
 	size_t n = 0;
-	int r;
 
-	for (size_t i = 0; i < ARRAY_SIZE(refused); i++)
-		if (json_get(j, at, refused[i]) >= 0)
-			return fail("the user's \"%s\" is not supported: use a certificate or a "
-				    "token", refused[i]);
-	if (config_pem(c, j, at, "client-certificate", cert) ||
-	    config_pem(c, j, at, "client-key", key))
-		return -1;
-	r = config_file(c, j, at, "tokenFile", &value, path);
-	if (!r)
-		r = config_string(j, at, "token", &value);
-	if (r > 0) {
-		for (s = value.at + strspn(value.at, " \t\r\n"); isgraph((unsigned char)s[n]); n++)
-			;
-		buf_add(&c->token, s, n);
-		if (s + n + strspn(s + n, " \t\r\n") != value.at + value.len)
-			r = fail("the token holds a character that no token has");
-	}
-	buf_free(&value);
-	return r < 0 ? -1 : 0;
-}
-
-/* The kubeconfig as JSON text. */
-static int config_text(struct config *c, struct buf *out)
-{
-	const char *host = getenv("KUBERNETES_SERVICE_HOST");
-	const char *port = getenv("KUBERNETES_SERVICE_PORT");
-	struct buf text = { 0 };
-	size_t space;
-	int r;
-
-	if (host && !strcmp(c->origin, SERVICE_ACCOUNT)) { /* what its folder stands for */
-		buf_printf(out, "{\"contexts\":[{\"name\":\"\",\"context\":{\"user\":\"\"}}],"
-			   "\"clusters\":[{\"name\":\"\",\"cluster\":{\"server\":\"https://%s%s%s:%s\","
-			   "\"certificate-authority\":\"ca.crt\"}}],"
-			   "\"users\":[{\"name\":\"\",\"user\":{\"tokenFile\":\"token\"}}]}",
-			   strchr(host, ':') ? "[" : "", host, strchr(host, ':') ? "]" : "",
-			   port ? port : "443");
-		return 0;
-	}
-	r = config_read(c, c->origin, &text);
-	space = strspn(text.at, " \r\n\t");
-	if (!r && text.at[space] == '{')
-		buf_add(out, text.at, text.len);
-	else if (!r && (strlen(text.at) != text.len || space == text.len))
-		r = fail("this is neither YAML nor JSON");
-	else if (!r)
-		r = yaml_to_json(text.at, out);
-	buf_free(&text);
-	return r;
+	token = reading_named(r, at, "tokenFile", path);
+	if (!token->len)
+		token = reading_string(r, at, "token");
+	for (s = token->at + strspn(token->at, " \t\r\n"); isgraph((unsigned char)s[n]); n++)
+		;
+	buf_add(&r->c->token, s, n);
+	if (!r->bad && s + n + strspn(s + n, " \t\r\n") != token->at + token->len)
+		r->bad = fail("the token holds a character that no token has");
+	for (size_t i = 0; i < ARRAY_SIZE(refused) && !r->bad; i++)
+		if (json_get(&r->json, at, refused[i]) >= 0)
+			r->bad = fail("the user's \"%s\" is not supported: use a certificate or a "
+				      "token", refused[i]);
 }
 
 /* current-context -> cluster and user. */
-static int config_take(struct config *c, const struct json *j)
+static void config_take(struct reading *r)
 {
-	struct pem pem[3] = { 0 }; /* CA, certificate, key */
-	int context = config_refer(j, 0, "current-context", "contexts", "context");
-	int at = context < 0 ? -1 : config_refer(j, context, "cluster", "clusters", "cluster");
-	int r = at < 0 || config_cluster(c, j, at, &pem[0]) ? -1 : 0;
+	int context = reading_refer(r, 0, "current-context", "contexts", "context");
+	int cluster = reading_refer(r, context, "cluster", "clusters", "cluster");
+	int user = json_get(&r->json, context, "user") < 0 ? -1 :
+		reading_refer(r, context, "user", "users", "user");
+	struct pem ca = config_cluster(r, cluster);
+	struct pem cert = reading_pem(r, user, "client-certificate");
+	struct pem key = reading_pem(r, user, "client-key");
 
-	if (!r && json_get(j, context, "user") >= 0) {
-		at = config_refer(j, context, "user", "users", "user");
-		r = at < 0 ? -1 : config_user(c, j, at, &pem[1], &pem[2]);
+	config_user(r, user);
+	if (!r->bad && r->c->tls) {
+		r->c->trust = tls_trust_new(&ca, &cert, &key);
+		r->bad = !r->c->trust;
 	}
-	if (!r && c->tls) {
-		c->trust = tls_trust_new(&pem[0], &pem[1], &pem[2]);
-		r = c->trust ? 0 : -1;
+}
+
+/* The kubeconfig as JSON text. */
+static struct buf *config_text(struct reading *r)
+{
+	const char *host = getenv("KUBERNETES_SERVICE_HOST");
+	const char *port = getenv("KUBERNETES_SERVICE_PORT");
+	struct buf *out = reading_text(r), *text;
+
+	if (host && !strcmp(r->c->origin, SERVICE_ACCOUNT)) { /* what its folder stands for */
+		buf_printf(out, "{\"contexts\":[{\"name\":\"\",\"context\":{\"user\":\"\"}}],"
+			   "\"clusters\":[{\"name\":\"\",\"cluster\":{\"server\":"
+			   "\"https://%s%s%s:%s\",\"certificate-authority\":\"ca.crt\"}}],"
+			   "\"users\":[{\"name\":\"\",\"user\":{\"tokenFile\":\"token\"}}]}",
+			   strchr(host, ':') ? "[" : "", host, strchr(host, ':') ? "]" : "",
+			   port ? port : "443");
+		return out;
 	}
-	for (int i = 0; i < 3; i++)
-		buf_free(&pem[i].text);
-	return r;
+	text = reading_file(r, r->c->origin);
+	if (r->bad || text->at[strspn(text->at, " \r\n\t")] == '{')
+		return text;
+	if (strlen(text->at) != text->len || !text->at[strspn(text->at, " \r\n\t")])
+		r->bad = fail("this is neither YAML nor JSON");
+	else
+		r->bad = yaml_to_json(text->at, out);
+	return out;
 }
 
 /* Which one: as DESIGN.md's command line says. */
@@ -4930,19 +5124,21 @@ static int config_find(char origin[256])
  * and *c is empty still. */
 static int config_load(struct config *c, const char *origin)
 {
-	struct buf text = { 0 };
-	struct json j = { 0 };
-	int r;
+	struct reading r = { .c = c };
+	struct buf *text;
 
 	snprintf(c->origin, sizeof(c->origin), "%s", origin);
-	r = config_text(c, &text);
-	if (r || json_parse(&j, text.at, text.len) || config_take(c, &j)) {
-		r = fail("%s: %s", origin, why);
+	text = config_text(&r);
+	if (!r.bad && !(r.bad = json_parse(&r.json, text->at, text->len)))
+		config_take(&r);
+	if (r.bad) {
+		fail("%s: %s", origin, why);
 		config_free(c);
 	}
-	free(j.tok);
-	buf_free(&text);
-	return r;
+	free(r.json.tok);
+	while (r.n_text)
+		buf_free(&r.text[--r.n_text]);
+	return r.bad ? -1 : 0;
 }
 /* === the API server =======================================================
  * One watch per kind of object, each with its own connection: list (or stream)
@@ -4958,11 +5154,12 @@ static int config_load(struct config *c, const char *origin)
 #define WAIT_BODY     30000  /* ms without a byte of a list */
 #define WAIT_STREAM   5000   /* ms until initial events; some servers do not know them */
 #define WAIT_LIST     300000 /* ms for one whole answer that is no watch */
+#define WAIT_CIDRS    5000   /* the same of ServiceCIDRs: the first sync waits */
 #define PROVEN	      5000   /* ms a watch must last to count as a success */
 #define PAUSE_LEAST   200
 #define PAUSE_MOST    30000
 #define PAUSE_BUSY    60000  /* where Retry-After asks for a minute or more */
-#define PAUSE_NODES   600000 /* PAUSE_MOST where RBAC forbids nodes */
+#define PAUSE_DENIED  600000 /* PAUSE_MOST of what we can do without and may not have */
 
 /* Neither of kube-proxy's two labels. */
 #define SELECTOR "labelSelector=%21service.kubernetes.io%2Fservice-proxy-name" \
@@ -4970,10 +5167,14 @@ static int config_load(struct config *c, const char *origin)
 
 static const struct resource {
 	const char *word, *path, *select;
+	int most; /* ms for one whole answer that is no watch */
 } resources[N_KINDS] = {
-	[SERVICES] = { "services", "/api/v1/services", SELECTOR },
-	[SLICES] = { "endpointslices", "/apis/discovery.k8s.io/v1/endpointslices", SELECTOR },
-	[NODES] = { "nodes", "/api/v1/nodes", "fieldSelector=metadata.name%3D" },
+	[SERVICES] = { "services", "/api/v1/services", SELECTOR, WAIT_LIST },
+	[SLICES] = { "endpointslices", "/apis/discovery.k8s.io/v1/endpointslices", SELECTOR,
+		     WAIT_LIST },
+	[NODES] = { "nodes", "/api/v1/nodes", "fieldSelector=metadata.name%3D", WAIT_LIST },
+	[SERVICE_CIDRS] = { "servicecidrs", "/apis/networking.k8s.io/v1/servicecidrs", "",
+			    WAIT_CIDRS },
 };
 
 enum watch_state {
@@ -4982,13 +5183,14 @@ enum watch_state {
 	WATCH_CONNECTING, /* tls is on its way to addrs[addr] */
 	WATCH_ASKING,	  /* tls is open; `text` is to be sent, then an answer's head comes */
 	WATCH_REFUSED,	  /* an error's body comes into `text` */
+	WATCH_PROBING,	  /* a list of one object comes: only its resourceVersion counts */
 	WATCH_LISTING,	  /* a page of a list comes into the model */
 	WATCH_STREAMING,  /* the list comes as events; a bookmark will end it */
 	WATCH_FOLLOWING,  /* the model is complete, rv says up to where; events change it */
 };
 
-/* What is asked; LIST and STREAM begin from nothing, WATCH needs rv. */
-enum watch_ask { ASK_STREAM, ASK_LIST, ASK_WATCH };
+/* What is asked; LIST and STREAM begin from nothing, the others need rv. */
+enum watch_ask { ASK_STREAM, ASK_LIST, ASK_PROBE, ASK_WATCH };
 
 struct watch {
 	enum watch_state state;
@@ -5000,11 +5202,13 @@ struct watch {
 	unsigned failures;	 /* in a row */
 	bool no_stream;		 /* the server cannot stream a list */
 	bool no_pages;		 /* paging was too slow for it: all in one */
+	bool lost;		 /* could not connect: the server may be another by now */
 	bool whole;		 /* the list's end was read */
 	bool reused;		 /* the connection had an answer before */
 	char rv[64];		 /* resume from here; "": list first */
 	struct buf more;	 /* the next page's token */
-	struct buf text;
+	struct buf text;	 /* a request, of which `sent` bytes are on their way */
+	size_t sent;
 	struct in6_addr addrs[MAX_ADDRESSES];
 	int n_addrs, addr;
 	int pipe;	/* 0: none */
@@ -5043,10 +5247,19 @@ static void api_say(struct api *a, const char *more)
 	warn("%s%s", why, more);
 }
 
+static uint32_t random_bits(void)
+{
+	uint32_t bits = 0;
+
+	getrandom(&bits, sizeof(bits), GRND_NONBLOCK);
+	return bits;
+}
+
 static void watch_enter(struct api *a, struct watch *w, enum watch_state state, int64_t wait)
 {
-	static const char *const names[] = { "resting", "resolving", "connecting", "asking",
-					     "refused", "listing",   "streaming",  "following" };
+	static const char *const names[] = { "resting", "resolving", "connecting",
+					     "asking",	"refused",   "probing",
+					     "listing", "streaming", "following" };
 
 	debug("%s: %s after %" PRId64 " ms, for at most %" PRId64, resources[w->kind].word,
 	      names[state], a->now - w->since, wait);
@@ -5076,6 +5289,7 @@ static void watch_close(struct api *a, struct watch *w)
 	if (w->pipe)
 		close(w->pipe);
 	w->pipe = 0;
+	w->reused = false;
 	tls_close(&w->tls);
 	http_reset(&w->http);
 	split_free(&w->split);
@@ -5087,12 +5301,11 @@ static void watch_close(struct api *a, struct watch *w)
 static void watch_pause(struct api *a, struct watch *w, bool eager)
 {
 	int64_t pause = PAUSE_LEAST << (w->failures < 8 ? w->failures : 8);
-	uint32_t random = 0;
 
-	getrandom(&random, sizeof(random), GRND_NONBLOCK);
 	pause = pause < PAUSE_MOST ? pause : PAUSE_MOST;
-	pause = eager && !w->failures ? 0 : pause / 2 + random % (pause / 2 + 1);
-	if (++w->failures > 5)
+	pause = eager && !w->failures ? 0 : pause / 2 + random_bits() % (pause / 2 + 1);
+	w->failures++;
+	if (w->ask == ASK_WATCH && w->state >= WATCH_ASKING && w->failures > 4)
 		w->rv[0] = 0; /* nothing comes of it */
 	buf_free(&w->more);
 	watch_close(a, w);
@@ -5106,12 +5319,15 @@ static void watch_fail(struct api *a, struct watch *w)
 	fail("%s: %s", a->config.source, why);
 	if (!a->once)
 		api_say(a, "; trying again");
+	else if (w->kind == SERVICE_CIDRS)
+		api_say(a, "; going on without them");
 	else if (!a->failed && (!w->least || w->failures > 4)) /* a busy server is asked again */
 		a->failed = strdup(why);
 	a->troubled |= 1 << w->kind;
-	for (int k = 0; k < N_KINDS && w->state < WATCH_ASKING; k++)
-		/* who cannot be reached may be another when it is back, with another etcd */
-		a->watch[k].rv[0] = a->watch[k].no_stream = 0;
+	for (int k = 0; k < N_KINDS && w->state < WATCH_ASKING; k++) {
+		a->watch[k].lost = true; /* it may come back as another, with another etcd */
+		a->watch[k].no_stream = false;
+	}
 	watch_pause(a, w, false);
 }
 
@@ -5119,6 +5335,7 @@ static void watch_fail(struct api *a, struct watch *w)
 static void watch_healed(struct api *a, struct watch *w)
 {
 	w->failures = 0;
+	w->lost = false;
 	if (!(a->troubled & 1 << w->kind) || (a->troubled &= ~(1 << w->kind)))
 		return;
 	note("%s: in touch again", a->config.source);
@@ -5133,14 +5350,14 @@ static void escape(struct buf *out, const char *s)
 
 static void watch_write(struct api *a, struct watch *w)
 {
-	while (w->text.len) {
-		ssize_t n = tls_write(&w->tls, w->text.at, w->text.len);
+	while (w->sent < w->text.len) {
+		ssize_t n = tls_write(&w->tls, w->text.at + w->sent, w->text.len - w->sent);
 
 		if (n < 0)
 			return watch_fail(a, w);
 		if (!n)
 			return watch_arm(a, w);
-		buf_drop(&w->text, n);
+		w->sent += n;
 	}
 	w->tls.want = EPOLLIN;
 	watch_arm(a, w);
@@ -5151,28 +5368,31 @@ static void watch_request(struct api *a, struct watch *w)
 {
 	const struct resource *r = &resources[w->kind];
 	struct buf target = { 0 };
-	uint32_t seconds = 0;
+	unsigned seconds = 300 + random_bits() % 300;
 
-	getrandom(&seconds, sizeof(seconds), GRND_NONBLOCK);
-	seconds = 300 + seconds % 300;
 	w->until = a->now + (seconds + 30) * 1000;
-	w->ask = *w->rv ? ASK_WATCH : w->no_stream || a->once ? ASK_LIST : ASK_STREAM;
+	if (*w->rv)
+		w->ask = w->lost ? ASK_PROBE : ASK_WATCH;
+	else
+		w->ask = w->no_stream || a->once ? ASK_LIST : ASK_STREAM;
 	buf_printf(&target, "%s%s?%s", a->config.path, r->path, r->select);
 	if (w->kind == NODES)
 		escape(&target, opt.node);
-	if (w->ask != ASK_LIST)
-		buf_printf(&target, "&watch=true&allowWatchBookmarks=true&timeoutSeconds=%u%s", seconds,
-			   w->ask == ASK_WATCH ? "&resourceVersion=" :
+	if (w->ask == ASK_PROBE)
+		buf_printf(&target, "&limit=1");
+	else if (w->ask != ASK_LIST)
+		buf_printf(&target, "&watch=true&allowWatchBookmarks=true&timeoutSeconds=%u%s",
+			   seconds, w->ask == ASK_WATCH ? "&resourceVersion=" :
 			   "&sendInitialEvents=true&resourceVersionMatch=NotOlderThan");
 	else if (!w->no_pages)
 		buf_printf(&target, "&limit=%d%s", LIST_PAGE, w->more.len ? "&continue=" : "");
 	escape(&target, w->ask == ASK_WATCH ? w->rv : w->more.len ? w->more.at : "");
 	http_reset(&w->http);
-	w->text.len = 0;
+	w->text.len = w->sent = 0;
 	http_get(&w->text, strstr(a->config.source, "//") + 2, target.at,
 		 a->config.tls ? a->config.token.at : NULL);
 	buf_free(&target);
-	watch_enter(a, w, WATCH_ASKING, WAIT_ANSWER);
+	watch_enter(a, w, WATCH_ASKING, r->most < WAIT_ANSWER ? r->most : WAIT_ANSWER);
 	watch_write(a, w);
 }
 
@@ -5293,10 +5513,11 @@ static void watch_go(struct api *a, struct watch *w)
 static void watch_complete(struct api *a, struct model *m, struct watch *w)
 {
 	model_sweep(m, w->kind);
-	w->no_pages = false;
+	w->no_pages = w->lost = false;
 	json_reset(&a->json);
-	if (a->once && m->synced[SERVICES] && m->synced[SLICES] && w->kind != NODES)
-		a->watch[NODES].deadline = a->now; /* last, for its absence is no failure */
+	if (a->once && w->kind < NODES && m->synced[SERVICES] && m->synced[SLICES])
+		/* last, for their absence is no failure */
+		a->watch[NODES].deadline = a->watch[SERVICE_CIDRS].deadline = a->now;
 }
 
 static void watch_follow(struct api *a, struct watch *w)
@@ -5309,22 +5530,25 @@ static void watch_follow(struct api *a, struct watch *w)
 /* An answer's head: a 200's body is what was asked for. */
 static int watch_head(struct api *a, struct model *m, struct watch *w)
 {
+	static const enum watch_state next[] = { WATCH_STREAMING, WATCH_LISTING, WATCH_PROBING };
+	bool list = w->ask == ASK_LIST || w->ask == ASK_PROBE;
+
 	if (w->http.status == 200 && *w->http.type &&
 	    strncasecmp(w->http.type, "application/json", 16))
 		return fail("the answer is %s, not JSON: is this the API server, or a portal?",
 			    w->http.type);
 	split_free(&w->split);
-	w->split = (struct split){ .shape = w->ask == ASK_LIST ? SPLIT_LIST : SPLIT_EVENTS };
+	w->split = (struct split){ .shape = list ? SPLIT_LIST : SPLIT_EVENTS };
+	w->text.len = 0;
 	w->whole = false;
 	if (w->http.status != 200) {
 		watch_enter(a, w, WATCH_REFUSED, WAIT_BODY);
 	} else if (w->ask == ASK_WATCH) {
 		watch_follow(a, w);
 	} else {
-		if (!w->more.len)
+		if (w->ask != ASK_PROBE && !w->more.len)
 			model_mark(m, w->kind);
-		watch_enter(a, w, w->ask == ASK_LIST ? WATCH_LISTING : WATCH_STREAMING,
-			    w->ask == ASK_LIST ? WAIT_BODY : WAIT_STREAM);
+		watch_enter(a, w, next[w->ask], list ? WAIT_BODY : WAIT_STREAM);
 	}
 	return GO_ON;
 }
@@ -5332,14 +5556,12 @@ static int watch_head(struct api *a, struct model *m, struct watch *w)
 /* metadata.resourceVersion, "" if it has none that we can keep. */
 static const char *object_rv(const struct json *j, int object, char rv[64])
 {
-	int value = json_get(j, json_get(j, object, "metadata"), "resourceVersion");
-	struct buf text = { 0 };
+	int at = json_get(j, json_get(j, object, "metadata"), "resourceVersion");
+	int n = json_is(j, at, JSMN_STRING) ? j->tok[at].end - j->tok[at].start : 64;
 
-	if (json_str(j, value, &text) || text.len > 63)
-		text.len = 0;
-	memcpy(rv, text.at, text.len);
-	rv[text.len] = 0;
-	buf_free(&text);
+	rv[0] = 0;
+	if (n < 64)
+		snprintf(rv, 64, "%.*s", n, j->text + j->tok[at].start);
 	return rv;
 }
 
@@ -5354,7 +5576,8 @@ static void watch_put(struct model *m, struct watch *w, const struct json *j, in
  * `status` is a Status in a->json, or something else. */
 static int watch_explain(struct api *a, struct watch *w, int code, int status)
 {
-	const char *word = resources[w->kind].word, *verb = w->ask == ASK_LIST ? "list" : "watch";
+	const char *word = resources[w->kind].word;
+	const char *verb = w->ask == ASK_LIST || w->ask == ASK_PROBE ? "list" : "watch";
 	struct buf words = { 0 };
 
 	buf_printf(&words, " (");
@@ -5399,17 +5622,19 @@ static int watch_denied(struct api *a, struct model *m, struct watch *w, int cod
 	if (code == 429 || code == 503)
 		w->least = w->http.retry_after < 60 ? w->http.retry_after * 1000 + 1 : PAUSE_BUSY;
 	watch_explain(a, w, code, status);
-	if (code != 403 || w->kind != NODES)
+	if (w->kind < NODES || (code != 403 && (code != 404 || w->kind != SERVICE_CIDRS)))
 		return FAILED;
-	fail("%s: %s", a->config.source, why);
-	api_say(a, "; going on without the zone of our node");
-	a->troubled &= ~(1 << NODES);
-	if (!m->synced[NODES]) {
-		model_mark(m, NODES);
+	if (w->kind == NODES) { /* older servers have no ServiceCIDRs, older roles no right to them */
+		fail("%s: %s", a->config.source, why);
+		api_say(a, "; going on without the zone of our node");
+	}
+	a->troubled &= ~(1 << w->kind);
+	if (!m->synced[w->kind]) {
+		model_mark(m, w->kind);
 		watch_complete(a, m, w);
 	}
 	w->least = PAUSE_LEAST << (w->failures < 16 ? w->failures : 16);
-	w->least = w->least < PAUSE_NODES ? w->least : PAUSE_NODES;
+	w->least = w->least < PAUSE_DENIED ? w->least : PAUSE_DENIED;
 	return AGAIN;
 }
 
@@ -5458,6 +5683,12 @@ static int watch_list(struct api *a, struct model *m, struct watch *w)
 	if (!json_eq(j, json_get(j, 0, "kind"), kind) || !*object_rv(j, 0, rv))
 		return fail("the answer is no %s with a resourceVersion", kind);
 	w->whole = true;
+	if (w->state == WATCH_PROBING) {
+		if (strtoull(rv, NULL, 10) < strtoull(w->rv, NULL, 10))
+			w->rv[0] = 0; /* its past is not ours: from an older backup, or anew */
+		w->lost = false;
+		return GO_ON;
+	}
 	w->more.len = 0;
 	json_str(j, json_get(j, json_get(j, 0, "metadata"), "continue"), &w->more);
 	if (w->more.len)
@@ -5481,6 +5712,8 @@ static int watch_body(struct api *a, struct model *m, struct watch *w, const cha
 	while (r == GO_ON && (got = split_feed(&w->split, &at, &n)) != SPLIT_MORE) {
 		if (got == SPLIT_BAD)
 			return fail("the %s are no JSON: %s", resources[w->kind].word, why);
+		if (got == SPLIT_ITEM && w->state == WATCH_PROBING)
+			continue;
 		/* what is no good about it, model_put will say, for it can name it */
 		json_take(&a->json, &w->split);
 		if (w->split.shape == SPLIT_EVENTS)
@@ -5518,11 +5751,12 @@ static bool watch_bytes(struct api *a, struct model *m, struct watch *w, const c
 {
 	const char *body = NULL;
 	size_t body_n = 0;
+	struct http *h = &w->http;
 	bool closed = !n;
 	int r = GO_ON;
 
 	while (r == GO_ON) {
-		switch (closed ? http_eof(&w->http) : http_feed(&w->http, &at, &n, &body, &body_n)) {
+		switch (closed ? http_eof(h) : http_feed(h, &at, &n, &body, &body_n)) {
 		case HTTP_MORE:
 			return true;
 		case HTTP_HEAD:
@@ -5551,7 +5785,7 @@ static bool watch_bytes(struct api *a, struct model *m, struct watch *w, const c
 static void watch_read(struct api *a, struct model *m, struct watch *w)
 {
 	static char bytes[16384];
-	int64_t late;
+	int64_t late, most;
 
 	for (int i = 0; i < 64 || tls_holds(&w->tls); i++) {
 		ssize_t n = tls_read(&w->tls, bytes, sizeof(bytes));
@@ -5565,8 +5799,9 @@ static void watch_read(struct api *a, struct model *m, struct watch *w)
 		if (!watch_bytes(a, m, w, bytes, n > 0 ? n : 0))
 			return;
 		late = a->now + (w->state == WATCH_STREAMING ? WAIT_STREAM : WAIT_BODY);
+		most = w->since + resources[w->kind].most;
 		if (w->state > WATCH_ASKING && w->state < WATCH_FOLLOWING)
-			w->deadline = late < w->since + WAIT_LIST ? late : w->since + WAIT_LIST;
+			w->deadline = late < most ? late : most;
 	}
 	watch_arm(a, w);
 }
@@ -5598,7 +5833,7 @@ static void api_start(struct api *a, int epoll_fd, uint32_t tag)
 	for (int k = 0; k < N_KINDS; k++) {
 		a->watch[k].kind = k;
 		a->watch[k].since = a->now;
-		a->watch[k].deadline = a->once && k == NODES ? INT64_MAX : a->now;
+		a->watch[k].deadline = a->once && k >= NODES ? INT64_MAX : a->now;
 	}
 }
 
@@ -5625,7 +5860,7 @@ static void api_ready(struct api *a, struct model *m, enum kind kind, uint32_t e
 		return;
 	if (w->state == WATCH_RESOLVING)
 		return watch_resolved(a, w);
-	if (w->state == WATCH_ASKING && w->text.len)
+	if (w->state == WATCH_ASKING && w->sent < w->text.len)
 		return watch_write(a, w);
 	if (w->state != WATCH_CONNECTING)
 		return watch_read(a, m, w);
@@ -5641,24 +5876,23 @@ static void api_ready(struct api *a, struct model *m, enum kind kind, uint32_t e
 /* A state has lasted as long as it may. */
 static void watch_late(struct api *a, struct watch *w)
 {
-	switch (w->state) {
-	case WATCH_RESTING:
+	if (w->state == WATCH_RESTING)
 		return watch_go(a, w);
-	case WATCH_CONNECTING:
+	if (w->state == WATCH_STREAMING) {
+		w->no_stream = true;
+		return watch_pause(a, w, true);
+	}
+	if (w->state == WATCH_FOLLOWING && a->now < w->until) {
+		w->deadline = w->until;
+		return watch_healed(a, w);
+	}
+	if (w->state == WATCH_CONNECTING) {
 		fail("no answer within %d s: check the address, the way to it, and firewalls",
 		     WAIT_CONNECT / 1000);
 		return watch_connect_next(a, w);
-	case WATCH_STREAMING:
-		w->no_stream = true;
-		return watch_pause(a, w, true);
-	default:
-		if (w->state == WATCH_FOLLOWING && a->now < w->until) {
-			w->deadline = w->until;
-			return watch_healed(a, w);
-		}
-		fail("the server does not go on answering about %s", resources[w->kind].word);
-		watch_fail(a, w);
 	}
+	fail("the server does not go on answering about %s", resources[w->kind].word);
+	watch_fail(a, w);
 }
 
 static void api_tick(struct api *a, int64_t now)
@@ -5687,13 +5921,21 @@ static void api_stop(struct api *a)
  * here exits but by SIGTERM: what fails is said, and tried again when something
  * changes or a deadline comes. */
 #define MAX_IFACES 8 /* of --iface */
+#define MAX_FAR	   64 /* towards pods */
 
 enum wake_tag { WAKE_SIGNAL, WAKE_NETLINK, WAKE_API };
 
 struct iface {
 	char name[IF_NAMESIZE];
 	int ifindex;   /* 0: not there, or not ours yet */
+	uint32_t mtu;
 	uint64_t said; /* a hash of the last failure to attach */
+};
+
+/* With --snat: an interface towards pods, and our addresses there, IPv4 and IPv6. */
+struct far_iface {
+	int ifindex;
+	struct in6_addr snat[2];
 };
 
 static struct agent {
@@ -5701,6 +5943,9 @@ static struct agent {
 	struct api api;
 	struct iface iface[MAX_IFACES];
 	int n_iface;
+	struct far_iface far[MAX_FAR];
+	int n_far;
+	bool routes_changed;
 	int epoll_fd, signal_fd, netlink_fd;
 	int pin_fd;   /* its lock is ours as long as it is open */
 	bool attach;  /* the maps hold a state worth attaching to */
@@ -5737,6 +5982,7 @@ static void on_link(void *arg, const struct nlmsghdr *h)
 	struct link_news l;
 	uint64_t said;
 
+	a->routes_changed |= opt.snat;
 	if (!link_read(h, &l))
 		return;
 	had = iface_find(a, NULL, l.ifindex);
@@ -5746,19 +5992,34 @@ static void on_link(void *arg, const struct nlmsghdr *h)
 		doors_detach(l.ifindex);
 		had->ifindex = 0;
 	}
-	if (!is || is == had || !a->attach)
+	if (!is || !a->attach)
 		return;
+	if (is == had) {
+		if (is->mtu != l.mtu)
+			bpf_map_update_elem(maps.fd[DOOR_MAP], &l.ifindex, &(struct tl_door){ .mtu = l.mtu }, BPF_ANY);
+		is->mtu = l.mtu;
+		return;
+	}
 	if (is->ifindex) /* replaced by another of the same name */
 		doors_detach(is->ifindex);
 	is->ifindex = 0;
 	said = is->said;
-	is->said = doors_attach(&l) ? hash64(0, why, strlen(why)) : 0;
+	is->said = doors_attach(&l, NULL) ? hash64(0, why, strlen(why)) : 0;
 	if (is->said && is->said != said)
 		warn("%s", why);
 	if (is->said)
 		return;
 	is->ifindex = l.ifindex;
+	is->mtu = l.mtu;
 	note("attached to %s", is->name);
+}
+
+static struct far_iface *far_find(struct agent *a, int ifindex)
+{
+	for (struct far_iface *f = a->far; f < a->far + a->n_far; f++)
+		if (f->ifindex == ifindex)
+			return f;
+	return NULL;
 }
 
 /* Doors of an earlier run on interfaces that are gone or no longer asked for. */
@@ -5768,9 +6029,67 @@ static void ifaces_tidy(struct agent *a)
 	uint64_t *left = doors_list(&n);
 
 	for (size_t i = 0; i < n; i++)
-		if (!iface_find(a, NULL, left[i]))
+		if (!iface_find(a, NULL, left[i]) && !far_find(a, left[i]))
 			doors_detach(left[i]);
 	free(left);
+}
+
+/* By which interfaces, and from which addresses, are the backends reached that want source
+ * NAT? The VPN's is none: who masquerades there has done it already. */
+static void far_look(struct agent *a)
+{
+	int fd = netlink_open(0);
+	char name[IF_NAMESIZE];
+	struct far_iface *f;
+	struct route r;
+
+	a->n_far = 0;
+	TABLE_EACH (&maps.places, l) {
+		const struct in6_addr *addr = &((struct place *)l)->addr;
+
+		if (fd < 0 || !route_find(fd, addr, &r) || !if_indextoname(r.ifindex, name) ||
+		    iface_find(a, name, 0))
+			continue;
+		f = far_find(a, r.ifindex);
+		if (!f && a->n_far < MAX_FAR) {
+			f = &a->far[a->n_far++];
+			*f = (struct far_iface){ .ifindex = r.ifindex };
+		}
+		if (f)
+			f->snat[!addr_is_v4(addr)] = r.src;
+	}
+	close(fd);
+}
+
+/* Brings the doors towards pods to what routes say. */
+static void far_attach(struct agent *a)
+{
+	struct far_iface old[MAX_FAR];
+	int n_old = a->n_far;
+
+	if (!opt.snat || !a->attach || (!a->routes_changed && !maps.places_changed))
+		return;
+	memcpy(old, a->far, sizeof(old));
+	a->routes_changed = maps.places_changed = false;
+	far_look(a);
+	for (int i = 0; i < n_old; i++)
+		if (!far_find(a, old[i].ifindex))
+			doors_detach(old[i].ifindex);
+	for (int i = 0; i < a->n_far; i++) {
+		struct far_iface *f = &a->far[i], *was = NULL;
+		struct link_news l = { .ifindex = f->ifindex };
+
+		for (int k = 0; k < n_old; k++)
+			if (!memcmp(&old[k], f, sizeof(*f)))
+				was = &old[k];
+		if (was || !link_find(&l))
+			continue;
+		if (doors_attach(&l, f->snat)) {
+			warn("%s", why);
+			continue;
+		}
+		note("attached to %s, for source NAT", l.name);
+	}
 }
 
 static void ifaces_attach(struct agent *a)
@@ -5781,12 +6100,13 @@ static void ifaces_attach(struct agent *a)
 }
 
 /* --- sync -------------------------------------------------------------------- */
-static bool all_synced(const struct model *m)
+/* ServiceCIDRs hold nothing up once they have failed. */
+static bool all_synced(const struct agent *a)
 {
-	for (int k = 0; k < N_KINDS; k++)
-		if (!m->synced[k])
-			return false;
-	return true;
+	const bool *synced = a->model.synced;
+
+	return synced[SERVICES] && synced[SLICES] && synced[NODES] &&
+		(synced[SERVICE_CIDRS] || a->api.troubled & 1 << SERVICE_CIDRS);
 }
 
 /* After each round of events. The first time: may it be programmed at all? */
@@ -5794,7 +6114,7 @@ static void sync_now(struct agent *a)
 {
 	bool first = !maps.adopted;
 
-	if (a->refused || !all_synced(&a->model))
+	if (a->refused || !all_synced(a))
 		return;
 	a->refused = first && model_check(&a->model);
 	if (a->refused || (!maps_sync(&maps, &a->model) && !first))
@@ -5872,6 +6192,8 @@ static void loop_round(struct agent *a)
 		}
 	api_tick(&a->api, now_ms());
 	maps_tick(&maps, &a->model, now_ms());
+	flows_sweep(&maps, now_ms());
+	far_attach(a);
 }
 
 /* Where the objects come from: a file is read at once, a server is asked from
@@ -5914,7 +6236,8 @@ static int agent_open(struct agent *a, bool once)
 			    agent_where(pin_dir_holder(a->pin_fd)), opt.pin_dir);
 	if (loop_open(a) || datapath_load(&maps))
 		return -1;
-	a->netlink_fd = netlink_open(RTMGRP_LINK);
+	a->netlink_fd = netlink_open(RTMGRP_LINK | (opt.snat ? RTMGRP_IPV4_ROUTE | RTMGRP_IPV6_ROUTE |
+						    RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR : 0));
 	if (a->netlink_fd < 0 || loop_watch(a, a->netlink_fd, WAKE_NETLINK))
 		return -1;
 	a->status.pid = getpid();
@@ -5939,6 +6262,7 @@ static int ifaces_attached(struct agent *a)
 			     "--iface names another",
 			     i->name);
 	}
+	far_attach(a);
 	ifaces_tidy(a);
 	return missing ? 1 : 0;
 }
@@ -5979,11 +6303,11 @@ static int cmd_dry_run(void)
 
 	if (loop_open(a) || source_open(a, true))
 		return -1;
-	while (!all_synced(&a->model) && !a->api.failed && !a->stop)
+	while (!all_synced(a) && !a->api.failed && !a->stop)
 		loop_round(a);
-	if (!all_synced(&a->model))
+	if (!all_synced(a))
 		fail("%s", a->api.failed ? a->api.failed : "stopped");
-	if (!all_synced(&a->model) || model_check(&a->model))
+	if (!all_synced(a) || model_check(&a->model))
 		return -1;
 	model_settle(&a->model);
 	print_dry_run(&out, &a->model, opt.json);
@@ -6162,33 +6486,79 @@ struct overview {
 	struct door {
 		char name[IF_NAMESIZE];
 		int ifindex;
-		bool l2;
+		bool l2, pods; /* pods: towards them, for source NAT */
 		const char *hook;
 	} * doors;
 	size_t n_doors;
 	uint64_t counters[TL_N_REASONS];
 	char changed[32];
+	struct table fronts; /* whose flows they are */
 };
 
-static void flow_count(void *count, const struct tl_tuple *t, const struct tl_flow *f)
+/* A frontend of an entry. */
+struct front {
+	struct link link;
+	struct frontend at;
+	struct entry *of;
+};
+
+static uint64_t front_hash(const struct in6_addr *addr, uint16_t port, uint8_t proto)
 {
-	(void)f;
-	*(uint64_t *)count += t->dir == TL_REQUEST;
+	return hash64((uint64_t)port << 8 | proto, addr, sizeof(*addr));
+}
+
+static void flow_add(void *overview, const struct tl_tuple *t, const struct tl_flow *f)
+{
+	struct overview *o = overview;
+	bool back = t->dir == TL_REPLY;
+	const struct tl_addr *addr = back ? &f->src : &t->dst;
+	uint16_t port = ntohs(back ? f->sport : t->dport);
+	struct front *front = NULL;
+
+	if (t->dir > TL_REPLY)
+		return;
+	o->flows += !back;
+	while ((front = (struct front *)table_next(&o->fronts, (struct link *)front,
+						   front_hash((struct in6_addr *)addr, port, t->proto))))
+		if (!memcmp(&front->at.addr, addr, sizeof(*addr)) && front->at.port == port &&
+		    front->of->proto == t->proto)
+			break;
+	if (!front)
+		return;
+	front->of->flows += !back;
+	front->of->packets[back] += f->packets;
+	front->of->bytes[back] += f->bytes;
+}
+
+/* Counts flows, altogether and for each of the entries. */
+static void flows_read(const struct maps *m, struct overview *o, struct entry *e, int n)
+{
+	for (; n--; e++)
+		for (int i = 0; i < e->n_frontends; i++) {
+			struct front *front = mem(NULL, sizeof(*front));
+
+			*front = (struct front){ .at = e->frontends[i], .of = e };
+			table_add(&o->fronts, &front->link,
+				  front_hash(&front->at.addr, front->at.port, e->proto));
+		}
+	flows_walk(m->fd[CT_MAP], flow_add, o);
 }
 
 /* False: there is no such interface. */
 static bool door_read(int ifindex, struct door *d)
 {
-	int fd = pinned("to", ifindex), any = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-	struct ifreq dev = { .ifr_ifindex = ifindex };
+	struct link_news l = { .ifindex = ifindex };
 	struct bpf_link_info link;
-	bool there = !ioctl(any, SIOCGIFNAME, &dev) && !ioctl(any, SIOCGIFHWADDR, &dev);
+	bool there = link_find(&l);
+	int fd = pinned("to", ifindex);
+	struct tl_door door = { 0 };
 
+	bpf_map_lookup_elem(maps.fd[DOOR_MAP], &ifindex, &door);
 	*d = (struct door){ .ifindex = ifindex,
-			    .l2 = is_ethernet(dev.ifr_hwaddr.sa_family),
+			    .l2 = is_ethernet(l.type),
+			    .pods = door.snat[0].w[3] || door.snat[1].w[0],
 			    .hook = is_tcx_link(fd, &link) ? "tcx" : "clsact" };
-	memcpy(d->name, dev.ifr_name, sizeof(d->name));
-	close(any);
+	memcpy(d->name, l.name, sizeof(d->name));
 	close(fd);
 	return there;
 }
@@ -6196,9 +6566,9 @@ static bool door_read(int ifindex, struct door *d)
 static void overview_read(const struct maps *m, struct overview *o)
 {
 	struct bpf_map_info info = { 0 };
-	uint32_t zero = 0, len = sizeof(info), cpus = libbpf_num_possible_cpus();
-	uint64_t *each = mem(NULL, cpus * sizeof(*each)), *ifindex;
+	uint32_t zero = 0, len = sizeof(info);
 	int fd = pin_dir_fd();
+	uint64_t *ifindex;
 	time_t changed;
 	size_t n;
 
@@ -6211,15 +6581,12 @@ static void overview_read(const struct maps *m, struct overview *o)
 		strftime(o->changed, sizeof(o->changed), "%Y-%m-%dT%H:%M:%SZ", gmtime(&changed));
 	bpf_map_get_info_by_fd(m->fd[CT_MAP], &info, &len);
 	o->capacity = info.max_entries;
-	flows_walk(m->fd[CT_MAP], flow_count, &o->flows);
 	ifindex = doors_list(&n);
 	o->doors = mem(NULL, n * sizeof(*o->doors));
 	for (size_t i = 0; i < n; i++)
 		o->n_doors += door_read(ifindex[i], &o->doors[o->n_doors]);
 	for (uint32_t i = 0; i < TL_N_REASONS; i++)
-		if (!bpf_map_lookup_elem(m->fd[STAT_MAP], &i, each))
-			for (uint32_t cpu = 0; cpu < cpus; cpu++)
-				o->counters[i] += each[cpu];
+		o->counters[i] = counter_read(m, i);
 }
 
 static void print_status_json(struct buf *out, const struct overview *o, const struct entry *e,
@@ -6238,8 +6605,9 @@ static void print_status_json(struct buf *out, const struct overview *o, const s
 		   o->agent.synced ? "true" : "false", o->changed);
 	for (struct door *d = o->doors; d < o->doors + o->n_doors; d++)
 		buf_printf(out,
-			   "%s{\"name\":\"%s\",\"ifindex\":%d,\"link\":\"l%d\",\"hook\":\"%s\"}",
-			   d > o->doors ? "," : "", d->name, d->ifindex, d->l2 ? 2 : 3, d->hook);
+			   "%s{\"name\":\"%s\",\"ifindex\":%d,\"link\":\"l%d\",\"hook\":\"%s\"%s}",
+			   d > o->doors ? "," : "", d->name, d->ifindex, d->l2 ? 2 : 3, d->hook,
+			   d->pods ? ",\"snat\":true" : "");
 	buf_printf(out, "],\n\"flows\":{\"count\":%" PRIu64 ",\"capacity\":%u},\n\"counters\":{",
 		   o->flows, o->capacity);
 	for (int i = 0; i < TL_N_REASONS; i++)
@@ -6257,7 +6625,8 @@ static void print_status_text(struct buf *out, const struct overview *o, const s
 		   o->agent.synced ? "" : " (not synced yet)", o->changed, o->agent.node,
 		   *o->agent.zone ? ", zone " : "", o->agent.zone);
 	for (struct door *d = o->doors; d < o->doors + o->n_doors; d++)
-		buf_printf(out, "\ninterface: %s\n  link: %s\n  hook: %s\n", d->name,
+		buf_printf(out, "\ninterface: %s%s\n  link: %s\n  hook: %s\n", d->name,
+			   d->pods ? " (towards pods, for source NAT)" : "",
 			   d->l2 ? "Ethernet" : "bare IP", d->hook);
 	if (!o->n_doors)
 		buf_printf(out, "\ninterface: (none attached)\n");
@@ -6287,6 +6656,7 @@ static int cmd_status(void)
 	}
 	overview_read(&maps, &o);
 	e = status_entries(&maps, opt.status_of, &n);
+	flows_read(&maps, &o, e, n);
 	if (opt.status_of && !n)
 		return fail("no service %s is served here", opt.status_of);
 	if (opt.json)
@@ -6317,13 +6687,13 @@ static int stop_agent(int pin_fd)
 /* The bpffs goes too if it was us who mounted it, and nothing else is in it. */
 static void unmount_ours(void)
 {
-	static const char start[] = MOUNT_NAME " " BPFFS " ";
 	FILE *f = fopen("/proc/self/mounts", "re");
 	char line[PATH_MAX];
 	bool ours = false;
 
-	while (f && !ours && fgets(line, sizeof(line), f))
-		ours = !strncmp(line, start, strlen(start));
+	while (f && fgets(line, sizeof(line), f))
+		if (strstr(line, " " BPFFS " ")) /* the last one is the one on top */
+			ours = !strncmp(line, MOUNT_NAME " ", strlen(MOUNT_NAME " "));
 	if (f)
 		fclose(f);
 	if (ours && !dir_next(opendir(BPFFS)))
@@ -6358,9 +6728,263 @@ static int cmd_cleanup(void)
 	return 0;
 }
 
+/* --- check: what would keep it from working here ------------------------------- */
+enum verdict { GOOD, HINT, UNSEEN, MEND };
+
+static const char *const verdict_words[] = { "ok", "hint", "?", "FIX" };
+
+#define LOOK_WATCH 16 /* to watch a kind, not to list it */
+
+/* Each function looks at one thing, tells in `why` what is there or what to do, and
+ * changes nothing. `what` is from its row. */
+static enum verdict check_privileges(int what)
+{
+	struct __user_cap_header_struct h = { .version = _LINUX_CAPABILITY_VERSION_3 };
+	struct __user_cap_data_struct d[2] = { 0 };
+	uint64_t have;
+	bool bpf_too, net;
+
+	(void)what;
+	syscall(SYS_capget, &h, d);
+	have = d[0].effective | (uint64_t)d[1].effective << 32;
+	net = have >> CAP_NET_ADMIN & 1;
+	bpf_too = have >> CAP_BPF & 1 || have >> CAP_SYS_ADMIN & 1;
+	fail("%s%s%s",
+	     net && bpf_too ? "CAP_NET_ADMIN and CAP_BPF are there" : "run as root, or with ",
+	     net ? "" : "CAP_NET_ADMIN ",
+	     bpf_too ? "" : "CAP_BPF (before Linux 5.8: CAP_SYS_ADMIN)");
+	return net && bpf_too ? GOOD : MEND;
+}
+
+/* Loads the programs, and lets them go with this process. */
+static enum verdict check_kernel(int what)
+{
+	struct utsname u;
+	int prog;
+
+	(void)what;
+	if (datapath_open() || datapath_verify())
+		return MEND;
+	uname(&u);
+	prog = bpf_program__fd(bpf->progs.to_tailnet);
+	if (bpf_link_create(prog, INT_MAX, BPF_TCX_EGRESS, NULL) < 0 && errno == ENODEV)
+		return fail("Linux %s takes the programs, and has tcx to attach them", u.release),
+		       GOOD;
+	fail("Linux %s takes the programs, and has no tcx: they will be attached by cls_bpf, which "
+	     "needs the modules sch_ingress and cls_bpf",
+	     u.release);
+	return HINT;
+}
+
+static enum verdict check_bpffs(int what)
+{
+	char parent[PATH_MAX];
+
+	(void)what;
+	pin_dir_parent(parent);
+	if (is_bpffs(parent))
+		return fail("%s is one", parent), GOOD;
+	fail("%s is none: mount -t bpf bpf " BPFFS ", and --pin-dir a directory below it", parent);
+	if (strcmp(parent, BPFFS))
+		return MEND;
+	fail("%s is not mounted yet; the agent does that if it is root, else: mount -t bpf bpf %s",
+	     parent, parent);
+	return geteuid() ? MEND : HINT;
+}
+
+static enum verdict check_iface(int what)
+{
+	int any = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+	enum verdict v = GOOD;
+
+	(void)what;
+	fail("there, and up");
+	for (struct iface *i = agent.iface; i < agent.iface + agent.n_iface && v == GOOD; i++) {
+		struct ifreq dev = { 0 };
+
+		memcpy(dev.ifr_name, i->name, IF_NAMESIZE);
+		v = MEND;
+		if (ioctl(any, SIOCGIFFLAGS, &dev))
+			fail("there is no %s: start tailscaled, or name another by --iface",
+			     i->name);
+		else if (!(dev.ifr_flags & IFF_UP))
+			fail("%s is down: ip link set %s up", i->name, i->name);
+		else
+			v = GOOD;
+	}
+	close(any);
+	return v;
+}
+
+/* A number below /proc/sys/net, its path in three pieces; -1: there is none. */
+static int sysctl_read(const char *from, const char *through, const char *to)
+{
+	char path[128];
+	int value = -1;
+	FILE *f;
+
+	snprintf(path, sizeof(path), "/proc/sys/net/%s%s%s", from, through, to);
+	f = fopen(path, "re");
+	if (f && fscanf(f, "%d", &value) != 1)
+		value = -1;
+	if (f)
+		fclose(f);
+	return value;
+}
+
+static enum verdict check_forwarding(int family)
+{
+	bool v4 = family == AF_INET;
+	const char *name = v4 ? "ipv4.ip_forward" : "ipv6.conf.all.forwarding";
+	int on = v4 ? sysctl_read("ipv4", "/", "ip_forward") :
+		      sysctl_read("ipv6/conf/", "all", "/forwarding");
+
+	if (on > 0)
+		return fail("net.%s is %d", name, on), GOOD;
+	if (on < 0)
+		return fail("cannot be read: net.%s", name), UNSEEN;
+	fail("net.%s is 0, nothing reaches a pod%s: sysctl -w net.%s=1", name,
+	     v4 ? "" : " by IPv6, if the cluster has that", name);
+	return v4 ? MEND : HINT;
+}
+
+static enum verdict check_rp_filter(int what)
+{
+	int all = sysctl_read("ipv4/conf/", "all", "/rp_filter");
+
+	(void)what;
+	for (struct iface *i = agent.iface; i < agent.iface + agent.n_iface; i++) {
+		int own = sysctl_read("ipv4/conf/", i->name, "/rp_filter");
+
+		if (own < 0)
+			return fail("cannot be looked at: there is no %s", i->name), UNSEEN;
+		if ((own > all ? own : all) != 1) /* the greater one counts; 2 is loose */
+			continue;
+		fail("strict on %s, which is fine if the route to its clients is there too; if "
+		     "requests "
+		     "vanish: sysctl -w net.ipv4.conf.%s.rp_filter=2",
+		     i->name, i->name);
+		return HINT;
+	}
+	return fail("not strict"), GOOD;
+}
+
+static enum verdict check_firewall(int what)
+{
+	(void)what;
+	fail("not looked at; if requests vanish, see what drops forwarded packets: nft list "
+	     "ruleset");
+	return UNSEEN;
+}
+
+static enum verdict check_agent(int what)
+{
+	int fd = pin_dir_fd();
+	bool runs = fd >= 0 && pin_dir_locked(fd);
+
+	(void)what;
+	fail("%s%s", runs ? "runs already, " : "none runs yet",
+	     runs ? agent_where(pin_dir_holder(fd)) : "");
+	close(fd);
+	return GOOD;
+}
+
+/* --from, or the credentials. */
+static enum verdict check_source(int what)
+{
+	(void)what;
+	if (opt.from ? from_read(&agent.model, opt.from) : api_open(&agent.api))
+		return MEND;
+	if (opt.from)
+		fail("%s can be read", opt.from);
+	else
+		fail("%s leads to %s", agent.api.config.origin, api_source(&agent.api));
+	return GOOD;
+}
+
+/* One list or one watch of its own, so that each verb shows. */
+static enum verdict check_resource(int what)
+{
+	static bool lost; /* the server was not reached */
+	struct agent *a = &agent;
+	enum kind kind = what & ~LOOK_WATCH;
+	struct watch *w = &a->api.watch[kind];
+	bool watch = what & LOOK_WATCH, done = false, reached = false;
+
+	if (opt.from)
+		return fail("not needed, with --from"), GOOD;
+	api_stop(&a->api);
+	if (lost || api_open(&a->api))
+		return fail("not looked at, for the API server was not reached"), UNSEEN;
+	memset(a->model.synced, 0, sizeof(a->model.synced));
+	a->api.once = !watch;
+	api_start(&a->api, a->epoll_fd, WAKE_API);
+	for (int k = 0; k < N_KINDS; k++)
+		a->api.watch[k].deadline = k == (int)kind ? 0 : INT64_MAX;
+	while (!done && !a->stop && !a->api.failed && !a->api.n_said) {
+		loop_round(a);
+		reached |= w->state >= WATCH_ASKING;
+		done = watch ? w->state == WATCH_FOLLOWING : a->model.synced[kind];
+	}
+	if (a->stop)
+		return fail("not looked at: stopped"), UNSEEN;
+	if (done && !a->api.n_said)
+		return fail("allowed"), GOOD;
+	lost = !reached;
+	return kind == NODES && !lost ? HINT : MEND;
+}
+
+static enum verdict check_node(int what)
+{
+	(void)what;
+	if (!agent.model.synced[NODES])
+		return fail("not looked at, for nodes could not be listed"), UNSEEN;
+	if (agent.model.n_of[NODES])
+		return fail("%s is a Node of the cluster", opt.node), GOOD;
+	fail("no Node %s was seen, so no backend counts as local: --node names another", opt.node);
+	return HINT;
+}
+
+static const struct {
+	const char *name;
+	enum verdict (*look)(int what);
+	int what;
+} checks[] = {
+	{ "privileges", check_privileges, 0 },
+	{ "kernel", check_kernel, 0 },
+	{ "bpffs", check_bpffs, 0 },
+	{ "interface", check_iface, 0 },
+	{ "IPv4 forwarding", check_forwarding, AF_INET },
+	{ "IPv6 forwarding", check_forwarding, AF_INET6 },
+	{ "rp_filter", check_rp_filter, 0 },
+	{ "firewall", check_firewall, 0 },
+	{ "agent", check_agent, 0 },
+	{ "objects", check_source, 0 },
+	{ "list services", check_resource, SERVICES },
+	{ "watch services", check_resource, SERVICES | LOOK_WATCH },
+	{ "list endpointslices", check_resource, SLICES },
+	{ "watch endpointslices", check_resource, SLICES | LOOK_WATCH },
+	{ "watch nodes", check_resource, NODES | LOOK_WATCH },
+	{ "list nodes", check_resource, NODES },
+	{ "own node", check_node, 0 },
+};
+
+/* A line for each; 1 if something must be fixed. */
 static int cmd_check(void)
 {
-	return fail("--check is not in this version");
+	int mend = 0;
+
+	if (loop_open(&agent))
+		return -1;
+	loud = loud > 1 ? loud : -1; /* what is wrong stands in its line */
+	for (size_t i = 0; i < ARRAY_SIZE(checks); i++) {
+		enum verdict v = checks[i].look(checks[i].what);
+
+		printf("%-5s %-21s %s\n", verdict_words[v], checks[i].name, why);
+		fflush(stdout);
+		mend += v == MEND;
+	}
+	return mend ? 1 : 0;
 }
 
 static int cmd_version(void)
@@ -6647,7 +7271,6 @@ static int options_unbuilt(void)
 	const char *word = opt.fast ? "--fast" :
 		opt.advertise	    ? "--advertise" :
 		opt.metrics	    ? "--metrics" :
-		opt.snat	    ? "--snat other than off" :
 				      NULL;
 
 	return word ? fail("%s is not in this version", word) : 0;

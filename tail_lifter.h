@@ -73,12 +73,11 @@ struct tl_set_key {
 };
 
 struct tl_backend {
-	__u64 seed; /* for rendezvous hashing: a hash of address and port alone */
 	__u64 node; /* its node's name in text_map, 0: none */
 	struct tl_addr addr;
 	__be16 port;
 	__u16 flags;
-	__u32 index; /* its place in the set; a number the verifier cannot know keeps its states few */
+	__u32 zero;
 };
 
 enum tl_backend_flags {
@@ -87,6 +86,7 @@ enum tl_backend_flags {
 };
 
 struct tl_chunk {
+	__u64 seed[TL_CHUNK]; /* for rendezvous hashing: a hash of address and port alone, not 0 */
 	struct tl_backend at[TL_CHUNK];
 };
 
@@ -171,7 +171,7 @@ struct tl_flow {
 	__u32 state; /* enum tl_flow_state */
 	__u64 seen;  /* jiffies of the last look at the pair, at most a second old while in use */
 	__u64 name;  /* tl_svc.name */
-	__u64 seed;  /* tl_backend.seed */
+	__u64 seed;  /* tl_chunk.seed */
 	__u64 packets; /* this way */
 	__u64 bytes;
 };
@@ -183,7 +183,7 @@ struct tl_affinity_key {
 };
 
 struct tl_affinity {
-	__u64 seed; /* tl_backend.seed */
+	__u64 seed; /* tl_chunk.seed */
 	__u64 used; /* jiffies of its last new flow */
 };
 

@@ -15,7 +15,7 @@ check() {
 	else
 		failed=$((failed + 1))
 		printf 'FAIL  %s\n' "$name"
-		sed 's/^/      /' <<<"$said"
+		printf '      %s\n' "${said//$'\n'/$'\n      '}"
 	fi
 }
 

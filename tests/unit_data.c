@@ -425,14 +425,14 @@ static void programmed_text(struct model *m, struct buf *out)
 /* Empties a model and asks that nothing is left. */
 static void empty(struct model *m)
 {
-	for (enum kind k = 0; k < N_READ; k++) {
+	for (enum kind k = 0; k < N_KINDS; k++) {
 		model_mark(m, k);
 		model_sweep(m, k);
 	}
 	drain(m);
 	check(!m->services.n && !m->objects.n && !m->claims.n && !m->n_without, "nothing_is_left",
 	      "%zu services, %zu objects, %zu claims", m->services.n, m->objects.n, m->claims.n);
-	for (enum kind k = 0; k < N_READ; k++)
+	for (enum kind k = 0; k < N_KINDS; k++)
 		check(!m->n_of[k], "nothing_is_left", "%zu of kind %d", m->n_of[k], k);
 	check(!m->n_bad, "nothing_is_left", "%zu bad ones", m->n_bad);
 	free(m->services.bucket);

@@ -22,7 +22,7 @@ on() { nsenter --net="/run/netns/$(world_ns "$1")" -- "${@:2}"; }
 world_run() {
 	nsenter --net="/run/netns/$(world_ns "$1")" -- "${@:2}" &
 	world_pid=$!
-	world_pids+=($world_pid)
+	world_pids+=("$world_pid")
 }
 
 # world_start HOST COMMAND...: in the background, until it says it is ready
@@ -32,7 +32,7 @@ world_start() {
 	exec {ready}<>"$fifo"
 	rm "$fifo"
 	world_run "$@" >&"$ready" 2>>"$world_dir/log" {ready}<&-
-	read -r -t 5 said <&"$ready" || true
+	read -r -t 20 said <&"$ready" || true
 	exec {ready}<&-
 	[ "$said" = ready ] || { echo "did not start: $*" >&2; return 1; }
 }
@@ -73,6 +73,7 @@ world_node() {
 world_tailnet() {
 	local host ns
 	world_start client "$WORLD" tun "$(world_ns client)/tailscale0" "$(world_ns node)/tailscale0"
+	# shellcheck disable=SC2034 # for who sources this
 	tailnet_pid=$world_pid
 	for host in client:7 node:1; do
 		ns=$(world_ns ${host%:*})

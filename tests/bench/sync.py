@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
-"""sync.py: the two halves of tests/bench/sync.
+"""sync.py: the two halves of tests/bench/sync; tests/bench/packet uses the first.
 
-load SIZE ETCD: through the API server 10,000 services would take minutes. They are
-    written straight into etcd, as JSON (the API server reads that as well as its own
+load SIZE ETCD [POD...]: through the API server 10,000 services would take minutes. They
+    are written straight into etcd, as JSON (the API server reads that as well as its own
     protobuf), with what real objects carry: managedFields, targetRefs, IPAddresses.
-    All that an earlier load wrote goes first.
+    All that an earlier load wrote goes first. With PODs (addresses) these are the
+    endpoints of every service, by UDP, service n's at port 10000 + n.
 
 measure SIZE DIR CLUSTER TAIL_LIFTER ROUNDS EVENTS: in turns, per program
     first sync  from exec until the maps (agent_map says synced) or the rules (kube-proxy's
@@ -15,10 +16,11 @@ measure SIZE DIR CLUSTER TAIL_LIFTER ROUNDS EVENTS: in turns, per program
     event       from the moment an EndpointSlice is sent to the API until the kernel has it:
                 svc_map's entry has changed; nf_tables has announced a new generation.
                 That is the API server's time as well: the median of its answer is printed.
-    inside      the agent alone, by strace: from epoll_wait's return to the end of its last
-                bpf(2) before the next. strace makes it slower, never faster.
+    inside      the agent alone, by the kernel's own trace of its system calls (tracefs): from
+                epoll_wait's return with news to the end of its last bpf(2) before the next
+    maps        what they take of the kernel's memory
 """
-import base64, concurrent.futures, ctypes, http.client, itertools, json, os, platform, re, shutil, socket, ssl
+import base64, concurrent.futures, ctypes, http.client, itertools, json, os, platform, re, socket, ssl
 import statistics, struct, subprocess, sys, time, urllib.request
 
 
@@ -38,7 +40,8 @@ def meta(name, n, kind, **more):
             "creationTimestamp": "2026-01-01T00:00:00Z", **more}
 
 
-def objects(services, endpoints):
+def objects(services, endpoints, pods):
+    protocol = "UDP" if pods else "TCP"
     for n in range(services):
         name, ip = f"service-{n:05d}", address(n + 1024, 43)
         labels = {"app.kubernetes.io/name": name, "app.kubernetes.io/part-of": "bench"}
@@ -46,7 +49,7 @@ def objects(services, endpoints):
             "kind": "Service", "apiVersion": "v1",
             "metadata": meta(name, n, 1, namespace="default", labels=labels, managedFields=managed(
                 "kubectl", "metadata", "spec", "status")),
-            "spec": {"ports": [{"name": "http", "protocol": "TCP", "port": 80, "targetPort": "http"}],
+            "spec": {"ports": [{"name": "http", "protocol": protocol, "port": 80, "targetPort": "http"}],
                      "selector": {"app": name}, "clusterIP": ip, "clusterIPs": [ip], "type": "ClusterIP",
                      "sessionAffinity": "None", "ipFamilies": ["IPv4"], "ipFamilyPolicy": "SingleStack",
                      "internalTrafficPolicy": "Cluster"}, "status": {"loadBalancer": {}}}
@@ -55,7 +58,12 @@ def objects(services, endpoints):
             "metadata": meta(ip, n, 3, labels={"ipaddress.kubernetes.io/ip-family": "IPv4",
                                                "ipaddress.kubernetes.io/managed-by": "ipallocator.k8s.io"}),
             "spec": {"parentRef": {"resource": "services", "namespace": "default", "name": name}}}
-        yield f"endpointslices/default/{name}-abcde", slice_of(n, endpoints)
+        piece = slice_of(n, endpoints)
+        if pods:
+            piece["ports"][0] |= {"protocol": protocol, "port": 10000 + n}
+            for endpoint, pod in zip(piece["endpoints"], pods, strict=True):
+                endpoint["addresses"] = [pod]
+        yield f"endpointslices/default/{name}-abcde", piece
 
 
 def slice_of(n, endpoints, port=8080):
@@ -78,7 +86,7 @@ def slice_of(n, endpoints, port=8080):
                            "uid": f"00000004-0000-4000-8000-{n * endpoints + e:012d}"}} for e in range(endpoints)]}
 
 
-def load(size, etcd):
+def load(size, etcd, *pods):
     services, endpoints = map(int, size.split("x"))
     code = lambda s: base64.b64encode(s.encode()).decode()
     began = time.time()
@@ -91,7 +99,7 @@ def load(size, etcd):
         old = "/registry/" + old
         post("deleterange", {"key": code(old), "range_end": code(old[:-1] + chr(ord(old[-1]) + 1))})
     puts = [{"requestPut": {"key": code("/registry/" + key), "value": code(json.dumps(value))}}
-            for key, value in objects(services, endpoints)]
+            for key, value in objects(services, endpoints, pods)]
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda i: post("txn", {"success": puts[i:i + 120]}), range(0, len(puts), 120)))
     print(f"# {services} services with {services * endpoints} endpoints, in etcd after {time.time() - began:.1f} s")
@@ -175,6 +183,15 @@ class Lifter(Program):
 
     def unwatch(self):
         self.map.close()
+
+    def maps(self):
+        """Bytes of the kernel's memory that its maps take."""
+        of = {}
+        for fd in os.listdir(f"/proc/{self.pid}/fdinfo"):
+            info = dict(line.split(":", 1) for line in open(f"/proc/{self.pid}/fdinfo/{fd}") if ":" in line)
+            if "map_id" in info:
+                of[info["map_id"]] = int(info["memlock"])
+        return sum(of.values())
 
     def stop(self):
         self.process.terminate()
@@ -266,26 +283,41 @@ def events(program, n):
 
 
 def inside(program, n):
-    """Seconds of the agent alone, by strace."""
-    path = f"{dir}/strace"
-    tracer = subprocess.Popen(["strace", "-ttt", "-T", "-e", "trace=epoll_wait,epoll_pwait,bpf", "-o", path,
-                               "-p", str(program.pid)], stderr=subprocess.DEVNULL)
-    time.sleep(1)
-    events(program, n)
-    tracer.terminate()
-    tracer.wait()
+    """Seconds of the agent alone; none if the kernel cannot trace."""
+    trace = f"{dir}/trace"
+    os.makedirs(trace, exist_ok=True)
+    subprocess.run(["mount", "-t", "tracefs", "tracefs", trace], stderr=log)
+    if not os.path.exists(f"{trace}/events/syscalls"):
+        return []
+    own = f"{trace}/instances/{os.path.basename(lifter)}"  # a buffer of our own, with one program in it
+    os.mkdir(own)
+
+    def say(file, what):
+        with open(f"{own}/{file}", "w") as f:
+            f.write(what)
+
+    try:
+        say("buffer_size_kb", "4096")
+        for call in "epoll_wait", "epoll_pwait", "bpf":
+            if os.path.exists(f"{own}/events/syscalls/sys_exit_{call}"):
+                say(f"events/syscalls/sys_exit_{call}/filter", f'comm == "{os.path.basename(lifter)[:15]}"')
+                say(f"events/syscalls/sys_exit_{call}/enable", "1")
+        events(program, n)
+        time.sleep(0.1)
+        say("tracing_on", "0")
+        lines = open(f"{own}/trace").readlines()
+    finally:
+        os.rmdir(own)
     took, woke, end = [], 0, 0
-    for line in open(path):
-        m = re.match(r"(\S+) (\w+)\(.*<([\d.]+)>$", line)
-        if not m:
+    for line in lines:
+        if not (m := re.search(r" (\d+\.\d+): sys_(\w+) -> 0x(\w+)", line)):
             continue
-        at = float(m[1]) + float(m[3])
         if m[2] == "bpf":
-            end = at
-        else:
-            if woke and end > woke:
-                took.append(end - woke)
-            woke, end = at, 0
+            end = float(m[1])
+            continue
+        if woke and end:
+            took.append(end - woke)
+        woke, end = int(m[3], 16) and float(m[1]), 0
     return took
 
 
@@ -309,10 +341,11 @@ def measure(rounds, n):
                 took, answers = events(program, n)
                 texts[kind]["event ms, median / 99 % (n)"] = f"{spread(took)} ({len(took)})"
                 texts[kind]["  of it until the API answers"] = spread(answers)
-                if kind is Lifter and shutil.which("strace"):
-                    alone = inside(program, n)
-                    texts[kind]["  inside, by strace"] = f"{spread(alone)} ({len(alone)})"
+                if kind is Lifter and (alone := inside(program, n)):
+                    texts[kind]["  of it inside the agent, n"] = f"{spread(alone)} ({len(alone)})"
                 texts[kind]["RSS MiB after the events"] = f"{program.figures()['RSS MiB']:.2f}"
+                if kind is Lifter:
+                    texts[kind]["maps MiB"] = f"{program.maps() / (1 << 20):.2f}"
             program.stop()
     print(f"{f'{services} services, {services * endpoints} endpoints':44}{'tail_lifter':>24}{'kube-proxy':>24}  ratio")
     for key in found[Lifter][0]:

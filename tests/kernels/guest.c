@@ -5,11 +5,11 @@
  *   guest tun NAME             makes a TUN that stays
  *   guest clsact NAME          gives an interface a clsact qdisc, as others do
  *   guest ping NAME FROM TO    puts an ICMP echo request into a TUN, waits for its reply
- *   guest few COMMAND...       runs it as root in the DaemonSet does: CAP_BPF, CAP_NET_ADMIN
- *   guest programs             a line per loaded tc program: name, instructions, bytes
- *                              of machine code (0: no JIT), instructions walked by the
- *                              verifier (0: kernel before 5.16)
- *   guest walk                 loads them once more; a line each: name, instructions walked
+ *   guest only CAPS COMMAND... runs it as root with those capabilities alone (BPF,NET_ADMIN)
+ *   guest programs             a line per loaded tc program: name, bytes of machine code
+ *                              (0: no JIT)
+ *   guest walk                 loads all of ours; a line each: name, instructions, instructions
+ *                              walked by the verifier
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -104,13 +104,28 @@ static int cmd_ping(char **arg)
 }
 
 /* What leaves the bounding set is lost with the next exec, to root too. */
-static int cmd_few(char **arg)
+static int cmd_only(char **arg)
 {
+	static const struct {
+		const char *name;
+		int cap;
+	} known[] = { { "BPF", CAP_BPF }, { "NET_ADMIN", CAP_NET_ADMIN }, { "PERFMON", CAP_PERFMON } };
+	unsigned long long keep = 0;
+
+	for (char *name = strtok(arg[0], ","); name; name = strtok(NULL, ",")) {
+		size_t i = 0;
+
+		while (i < sizeof(known) / sizeof(*known) && strcmp(known[i].name, name))
+			i++;
+		if (i == sizeof(known) / sizeof(*known))
+			errx(2, "no capability known as %s", name);
+		keep |= 1ULL << known[i].cap;
+	}
 	for (int cap = 0; cap <= CAP_LAST_CAP; cap++)
-		if (cap != CAP_BPF && cap != CAP_NET_ADMIN)
+		if (!(keep >> cap & 1))
 			prctl(PR_CAPBSET_DROP, cap); /* an old kernel may not know the last ones */
-	execvp(arg[0], arg);
-	err(2, "%s", arg[0]);
+	execvp(arg[1], arg + 1);
+	err(2, "%s", arg[1]);
 }
 
 static int cmd_programs(char **arg)
@@ -124,8 +139,7 @@ static int cmd_programs(char **arg)
 		if (fd < 0)
 			continue; /* just gone */
 		if (!bpf_prog_get_info_by_fd(fd, &info, &len) && info.type == BPF_PROG_TYPE_SCHED_CLS)
-			printf("%s %u %u %u\n", info.name, info.xlated_prog_len / 8,
-			       info.jited_prog_len, info.verified_insns);
+			printf("%s %u\n", info.name, info.jited_prog_len);
 		close(fd);
 	}
 	return 0;
@@ -152,11 +166,16 @@ static int cmd_walk(char **arg)
 	i = 0;
 	bpf_object__for_each_program(p, bpf->obj) {
 		const char *said = log[i++ % MAX_PROGRAMS], *at = strstr(said, "processed ");
+		struct bpf_prog_info info = { 0 };
+		__u32 len = sizeof(info);
 
 		if (r)
 			fputs(said, stderr);
+		else if (bpf_prog_get_info_by_fd(bpf_program__fd(p), &info, &len))
+			err(1, "%s", bpf_program__name(p));
 		else
-			printf("%s %d\n", bpf_program__name(p), at ? atoi(at + strlen("processed ")) : 0);
+			printf("%s %u %d\n", bpf_program__name(p), info.xlated_prog_len / 8,
+			       at ? atoi(at + strlen("processed ")) : 0);
 	}
 	tail_lifter__destroy(bpf);
 	return r != 0;
@@ -176,7 +195,7 @@ int main(int argc, char **argv)
 		int (*run)(char **arg);
 	} command[] = {
 		{ "tun", 1, cmd_tun },		 { "clsact", 1, cmd_clsact }, { "ping", 3, cmd_ping },
-		{ "few", -1, cmd_few },		 { "walk", 0, cmd_walk },     { "programs", 0, cmd_programs },
+		{ "only", -2, cmd_only },	 { "walk", 0, cmd_walk },     { "programs", 0, cmd_programs },
 	};
 
 	libbpf_set_print(quiet);
