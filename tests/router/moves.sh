@@ -56,4 +56,4 @@ routes_by 1
 check "moved to the first node: they go on" go_on
 end
 
-watched moves
+watched moves unsure

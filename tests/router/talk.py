@@ -21,6 +21,7 @@
                                             is where it was. What is lost by UDP is asked again after half
                                             a second, and who waits for TCP three seconds asks again too:
                                             nudged, for only a request brings back a flow that is gone
+PATIENCE, in the environment, is how many seconds it waits (3); SOURCE, from which address it asks.
 An error is told as "ERRNO from OFFENDER about DESTINATION:PORT"; "its own words" if what it
 quotes is what was sent.
 """
@@ -41,7 +42,9 @@ HOPS = {socket.AF_INET: (socket.IPPROTO_IP, 2), socket.AF_INET6: (socket.IPPROTO
 def connected(kind, address, port):
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     s = socket.socket(family, socket.SOCK_STREAM if kind == "tcp" else socket.SOCK_DGRAM)
-    s.settimeout(3)
+    s.settimeout(float(os.environ.get("PATIENCE", 3)))
+    if "SOURCE" in os.environ:
+        s.bind((os.environ["SOURCE"], 0))
     s.connect((address, port))
     return s
 
