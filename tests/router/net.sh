@@ -161,3 +161,12 @@ service() {
 		for family in 4 6; do slice "$1" $family "$3" "${target%=*}" "${target#*=}"; done
 	done
 }
+
+# offload on|off: of checksums, where packets begin. What an ICMP error quotes whole has a
+# checksum that can be checked (and mended, when addresses in it change) only if it was there
+# already when the packet was quoted.
+offload() {
+	local host
+	for host in $clients; do on "$host" ethtool -K vpn1 tx "$1" >/dev/null; done
+	on pod-a ethtool -K eth0 tx "$1" >/dev/null
+}

@@ -57,16 +57,12 @@ widen node1 10.42.0.5 fd42::5
 narrow hop 10.42.9.5 fd42:0:0:9::5 dev cni0
 too_long 12 "a narrow road behind a router" h
 widen hop 10.42.9.5 fd42:0:0:9::5
+watched paths unsure
 
 ### errors on the way and at its end
 
-# What is quoted here is quoted whole. The checksum in it can be checked (and, when addresses
-# in it change, mended) only if it was there already when the packet was quoted.
-offload() { # on|off
-	for host in $clients; do on "$host" ethtool -K vpn1 tx "$1" >/dev/null; done
-	on pod-a ethtool -K eth0 tx "$1" >/dev/null
-}
 offload off
+watch
 
 for way in $ways; do
 	host=${way%:*} family=${way#*:}
@@ -84,6 +80,5 @@ for way in $ways; do
 	check "$name: its port unreachable reaches the pod" same "$(tail -n 1 "$world_dir/late")" \
 		"ECONNREFUSED from $me about $me:PORT, its own words"
 done
+watched errors
 offload on
-
-watched paths

@@ -12,10 +12,16 @@
   talk.py late PORT                         (a pod) answers one question, then sends more, which nobody
                                             waits for: the error, from whom
   talk.py mss IFACE PORT                    (a pod or a client) the MSS of the next SYN and SYN-ACK of PORT
-  talk.py flows N ADDRESS:PORT...           N conversations with each, half by TCP, half by UDP; reads
-                                            commands: "round" (everybody asks once), "run SECONDS",
-                                            "ports"; answers each with one line that begins with "ok"
-                                            if each conversation is where it was
+  talk.py sink PORT                         (a pod) takes datagrams and answers only those that say "now"
+  talk.py stream ADDRESS PORT FILE          sends to a sink until FILE is there, then asks, and again; the answer
+  talk.py flows N ADDRESS:PORT...           N conversations with each, half by TCP, half by UDP. Reads
+                                            commands: "round" (everybody asks once), "run SECONDS FILE"
+                                            (rounds until then, or until FILE is there), "ports"; answers
+                                            each with one line that begins with "ok" if each conversation
+                                            is where it was. What is lost by UDP is asked again after half
+                                            a second, and who waits for TCP three seconds asks again too:
+                                            nudged, for only a request brings back a flow that is gone
+PATIENCE, in the environment, is how many seconds it waits (3); SOURCE, from which address it asks.
 An error is told as "ERRNO from OFFENDER about DESTINATION:PORT"; "its own words" if what it
 quotes is what was sent.
 """
@@ -36,7 +42,9 @@ HOPS = {socket.AF_INET: (socket.IPPROTO_IP, 2), socket.AF_INET6: (socket.IPPROTO
 def connected(kind, address, port):
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     s = socket.socket(family, socket.SOCK_STREAM if kind == "tcp" else socket.SOCK_DGRAM)
-    s.settimeout(3)
+    s.settimeout(float(os.environ.get("PATIENCE", 3)))
+    if "SOURCE" in os.environ:
+        s.bind((os.environ["SOURCE"], 0))
     s.connect((address, port))
     return s
 
@@ -163,6 +171,34 @@ def late(port):
     return send_for_error(t, b"is anybody still there?")[0].replace(f":{client[1]},", ":PORT,")
 
 
+def sink(port):
+    s = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+    s.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    s.bind(("::", int(port)))
+    print("ready", flush=True)
+    while True:
+        data, client = s.recvfrom(4096)
+        if data == b"now":
+            s.sendto(b"heard", client)
+
+
+def stream(address, port, until):
+    s = connected("udp", address, int(port))
+    sent = 0
+    while not os.path.exists(until):
+        s.send(b"on and on")
+        sent += 1
+        time.sleep(0.02)
+    s.settimeout(0.3)
+    for _ in range(10):  # once a second a flow looks after its other half
+        s.send(b"now")
+        try:
+            return f"{s.recv(100).decode()} {'all the while' if sent > 20 else 'too soon'}"
+        except TimeoutError:
+            pass
+    return "not heard"
+
+
 def mss(iface, port):
     """Prints MSS of SYN and of SYN-ACK on the wire as they pass the interface, incoming and outgoing."""
     s = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(3))
@@ -224,23 +260,25 @@ class Flow:
             got = self.s.recv(65536)
         except OSError as error:
             return self.failed(error)
-        if self.kind == "tcp":
-            if not got:
-                self.broken = "end of the connection"
-                return
-            self.got += got
-            if self.got.count(b"\n") < 2:
-                return
-            got, self.got = self.got, b""
-        pod, client, port, asked = parse(got)
-        if asked.strip() != str(self.number):
-            if self.kind == "tcp" or int(asked) > self.number:
-                self.broken = f"an answer to another question: {asked}"
-            return  # a late one, to what was asked twice
+        if self.kind == "udp":
+            return self.judge(got)
+        if not got:
+            self.broken = "end of the connection"
+        self.got += got
+        while self.got.count(b"\n") >= 2 and not self.broken:  # two lines each
+            answer = self.got.split(b"\n", 2)
+            self.got = answer.pop()
+            self.judge(b"\n".join(answer))
+
+    def judge(self, answer):
+        pod, client, port, asked = parse(answer)
         self.where = self.where or (pod, client, port)
         if (pod, client, port) != self.where:
             self.broken = f"{' '.join(map(str, self.where))} became {pod} {client} {port}"
-        self.answered = True
+        elif int(asked) > self.number:
+            self.broken = f"an answer to what was never asked: {asked}"
+        elif int(asked) == self.number:  # else a late one to what was asked twice
+            self.answered = True
 
 
 class Flows:
@@ -251,7 +289,7 @@ class Flows:
         for fd in self.by_fd:
             self.poll.register(fd, select.EPOLLIN)
         self.stall = 0  # the longest that an answer took
-        self.rounds = 0
+        self.rounds = self.nudged = 0
 
     def hear(self, seconds):
         for fd, _ in self.poll.poll(seconds):
@@ -265,13 +303,20 @@ class Flows:
     def round(self, patience=8.0):
         for flow in self.flows:
             flow.ask()
-        end, again = time.monotonic() + patience, time.monotonic() + 0.5
+        now = time.monotonic()
+        end, again, nudge = now + patience, now + 0.5, now + 3
         while time.monotonic() < end and (waiting := [f for f in self.flows if not f.answered and not f.broken]):
             self.hear(0.05)
             if time.monotonic() > again:
                 again += 0.5
                 for flow in waiting:
                     if flow.kind == "udp" and not flow.answered:
+                        flow.ask(again=True)
+            if time.monotonic() > nudge:
+                nudge = end
+                for flow in waiting:
+                    if flow.kind == "tcp" and not flow.answered:
+                        self.nudged += 1
                         flow.ask(again=True)
         for flow in self.flows:
             if not flow.answered and not flow.broken:
@@ -280,8 +325,8 @@ class Flows:
 
     def say(self):
         broken = [f"{f.name()}: {f.broken}" for f in self.flows if f.broken]
-        print(f"{'not ok' if broken else 'ok'}: {len(self.flows)} conversations, {len(broken)} broken, {self.rounds} rounds, "
-              f"longest wait {self.stall * 1000:.0f} ms", *broken[:5], sep="; ", flush=True)
+        print(f"{'not ok' if broken else 'ok'}: {len(self.flows)} conversations, {len(broken)} broken, {self.nudged} nudged, "
+              f"{self.rounds} rounds, longest wait {self.stall * 1000:.0f} ms", *broken[:5], sep="; ", flush=True)
 
     def obey(self):
         for line in sys.stdin:
@@ -290,7 +335,7 @@ class Flows:
                 self.round()
                 self.say()
             elif command == "run":
-                self.stall, self.rounds = 0, 0
+                self.stall = self.rounds = self.nudged = 0
                 end = time.monotonic() + float(args[0])
                 while time.monotonic() < end and not os.path.exists(args[1]):
                     self.round()
@@ -305,7 +350,9 @@ def main(command, *args):
         flows = Flows(int(args[0]), args[1:])
         print("ready", flush=True)
         return flows.obey()
-    do = {"ask": ask, "mtu": ask_mtu, "ttl": ask_ttl, "refused": ask_refused, "leave": leave, "late": late, "mss": mss}[command]
+    do = {"ask": ask, "mtu": ask_mtu, "ttl": ask_ttl, "refused": ask_refused, "leave": leave,
+          "late": late, "mss": mss,
+          "sink": sink, "stream": stream}[command]
     print(do(*args))
 
 
