@@ -4581,11 +4581,39 @@ static void flow_copy(void *to, const struct tl_tuple *t, const struct tl_flow *
 	bpf_map_update_elem(*(int *)to, t, f, BPF_NOEXIST);
 }
 
+/* Do the maps of an earlier run that say what is served fit, or are there none? They belong
+ * together: services whose backends were left behind in another map would drop all. */
+static bool services_fit(void)
+{
+	bool fit = true;
+
+	for (int i = 0; i < CT_MAP; i++) {
+		int fd = pinned(map_names[i], 0);
+		struct bpf_map_info info = { 0 };
+		uint32_t len = sizeof(info);
+
+		if (fd >= 0 && !bpf_map_get_info_by_fd(fd, &info, &len))
+			fit &= map_fits(&info, bpf_object__find_map_by_name(bpf->obj, map_names[i]));
+		close(fd);
+	}
+	return fit;
+}
+
+static bool is_of_services(const struct bpf_map *map)
+{
+	for (int i = 0; i < CT_MAP; i++)
+		if (!strcmp(bpf_map__name(map), map_names[i]))
+			return true;
+	return false;
+}
+
 /* Puts the maps of an earlier run into the object, where they still fit. One
  * that does not is replaced: what the agent writes it writes again, and flows
- * are carried over if only --flows changed: out of *old_flows, else that is -1. */
+ * are carried over if only --flows changed: out of *old_flows, else that is -1.
+ * Until all is written again the old programs go on, with the old maps. */
 static int maps_reuse(int *old_flows)
 {
+	bool services = services_fit(), fits;
 	struct bpf_map *map;
 
 	*old_flows = -1;
@@ -4596,9 +4624,10 @@ static int maps_reuse(int *old_flows)
 
 		if (fd < 0 || bpf_map_get_info_by_fd(fd, &info, &len))
 			continue;
-		if (map_fits(&info, map) && bpf_map__reuse_fd(map, fd))
+		fits = map_fits(&info, map) && (services || !is_of_services(map));
+		if (fits && bpf_map__reuse_fd(map, fd))
 			return fail("cannot adopt %s: %s", bpf_map__name(map), strerror(errno));
-		if (!map_fits(&info, map) && map == bpf->maps.ct_map &&
+		if (!fits && map == bpf->maps.ct_map &&
 		    info.key_size == sizeof(struct tl_tuple) &&
 		    info.value_size == sizeof(struct tl_flow))
 			*old_flows = fd;
@@ -7082,6 +7111,26 @@ static void print_status_text(struct buf *out, const struct overview *o, const s
 			buf_printf(out, "%12" PRIu64 "  %s\n", o->counters[i], reasons[i].text);
 }
 
+/* Another version may have made these maps; its values would not fit in ours. */
+static bool map_is_known(int fd, enum map map)
+{
+	static const uint32_t sizes[N_MAPS][2] = {
+		{ sizeof(struct tl_text_key), sizeof(struct tl_text) },
+		{ sizeof(struct tl_net_key), sizeof(uint32_t) },
+		{ sizeof(struct tl_set_key), sizeof(struct tl_chunk) },
+		{ sizeof(struct tl_svc_key), sizeof(struct tl_svc) },
+		{ sizeof(struct tl_tuple), sizeof(struct tl_flow) },
+		{ sizeof(uint32_t), sizeof(uint64_t) },
+		{ sizeof(uint32_t), sizeof(struct tl_agent) },
+		{ sizeof(uint32_t), sizeof(struct tl_door) },
+	};
+	struct bpf_map_info info = { 0 };
+	uint32_t len = sizeof(info);
+
+	return !bpf_map_get_info_by_fd(fd, &info, &len) && info.key_size == sizes[map][0] &&
+		info.value_size == sizes[map][1];
+}
+
 static int cmd_status(void)
 {
 	static struct overview o;
@@ -7098,6 +7147,9 @@ static int cmd_status(void)
 		if (maps.fd[i] < 0)
 			return fail("cannot read %s/%s: %s; run as root", opt.pin_dir, map_names[i],
 				    strerror(errno));
+		if (!map_is_known(maps.fd[i], i))
+			return fail("%s/%s is of another version of TailLifter: ask that one, or start this one",
+				    opt.pin_dir, map_names[i]);
 	}
 	overview_read(&maps, &o);
 	e = status_entries(&maps, opt.status_of, &n);
