@@ -203,6 +203,18 @@ static int link_make(const char *name, int kind)
 	return if_nametoindex(name);
 }
 
+/* A setting of IPv6 for links that are made from now on. */
+static void ipv6_default(const char *name, const char *value)
+{
+	char path[128];
+	FILE *f;
+
+	snprintf(path, sizeof(path), "/proc/sys/net/ipv6/conf/default/%s", name);
+	f = fopen(path, "w");
+	if (!f || fputs(value, f) < 0 || fclose(f))
+		err(2, "%s", path);
+}
+
 /* Up, with addresses and so routes. Without ARP and multicast, nothing is sent that would
  * be counted. */
 static void link_address(const char *name, const char *v4, const char *v6)
@@ -642,6 +654,8 @@ int main(int argc, char **argv)
 	CPU_ZERO(&one);
 	CPU_SET(0, &one);
 	sched_setaffinity(0, sizeof(one), &one); /* answers are limited per CPU */
+	ipv6_default("addr_gen_mode", "1"); /* no link-local address, which would be announced */
+	ipv6_default("router_solicitations", "0");
 	for (int i = 0; i < 2; i++)
 		for (int l2 = 0; l2 < 2; l2++)
 			link_index[i][l2] = link_make(link_name[i][l2], l2 ? IFF_TAP : IFF_TUN);
