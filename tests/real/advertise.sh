@@ -68,6 +68,10 @@ for others in '' 192.168.7.0/24,2001:db8:7::/48; do
 	check "another preference changes: nothing else does" both_ranges '["192.168.8.0/24"]'
 	tailscale node set --hostname=node --advertise-routes="$others"
 	check "others $list: back within 2 s" quick both_ranges "$list"
+	tailscale_up node --reset --advertise-routes=10.42.0.0/24
+	check "tailscale up --reset, with k3s's pods: back within 2 s" quick both_ranges '["10.42.0.0/24"]'
+	tailscale_up node --reset --advertise-routes="$others" --snat-subnet-routes=false
+	check "others $list: tailscale up again: back within 2 s" quick both_ranges "$list"
 	stop lifter KILL
 	check "others $list: killed, they stay" both_ranges "$list"
 	check "others $list: --cleanup" cleanup
