@@ -645,11 +645,21 @@ layer_netns() {
 	promtool && test_program world tests/world.c &&
 		LIFTER=$PWD/tail_lifter WORLD=$BUILT PROMTOOL=$PROMTOOL tests/netns
 }
+layer_router() {
+	local world wire neighbour=$PWD/build/test/neighbour.bpf.o
+	libraries "$NATIVE"
+	run $CLANG -target bpf -mcpu=v2 -O2 -g -Wall -Wextra -Werror -nostdinc -isystem "$LIB/kernel" -isystem "$LIB/include" \
+		-isystem "$($CLANG -print-resource-dir)/include" -c tests/router/neighbour.bpf.c -o "$neighbour"
+	test_program world tests/world.c && world=$BUILT &&
+		test_program wire tests/router/wire.c && wire=$BUILT &&
+		test_program neighbour tests/router/neighbour.c || return
+	LIFTER=$PWD/tail_lifter WORLD=$world WIRE=$wire NEIGHBOUR=$BUILT NEIGHBOUR_BPF=$neighbour tests/router/run
+}
 layer_real() { tests/real/run; }
 layer_kernels() { tests/kernels/run; }
 
 # Runs a layer, shows what it says but for its last line, and adds that up. Where nothing
-# failed only lines that begin with `kernel` are for everybody.
+# failed only lines that begin with `kernel` or `router` are for everybody.
 layer() {
 	local log=build/test/$1.log last start=$SECONDS
 	step test "$1"
@@ -662,18 +672,18 @@ layer() {
 		return
 	}
 	PASSED=$((PASSED + BASH_REMATCH[1])) FAILED=$((FAILED + BASH_REMATCH[2]))
-	if [ "${BASH_REMATCH[2]}" = 0 ] && [ -z "${V:-}" ]; then sed -n '/^kernel /p' "$log"; else sed '$d' "$log"; fi
+	if [ "${BASH_REMATCH[2]}" = 0 ] && [ -z "${V:-}" ]; then sed -n '/^\(kernel\|router\) /p' "$log"; else sed '$d' "$log"; fi
 	step "" "$last, $((SECONDS - start)) s"
 }
 
-verb_test() { # [LAYER...]: unit semantics api packet netns (the default), real, kernels; as root
+verb_test() { # [LAYER...]: unit semantics api packet netns router (the default), real, kernels; as root
 	local words one
 	as_root test
 	PASSED=0 FAILED=0
-	need ip:iproute2 ping:iputils-ping curl:curl ethtool:ethtool sysctl:procps jq:jq tc:iproute2 openssl:openssl setpriv:util-linux \
+	need ip:iproute2 ping:iputils-ping curl:curl ethtool:ethtool sysctl:procps jq:jq tc:iproute2 nft:nftables iptables:iptables openssl:openssl setpriv:util-linux \
 		/usr/bin/python3:python3 /usr/lib/python3/dist-packages/scapy:python3-scapy
 	verb_build
-	for words in "${@:-unit semantics api packet netns}"; do
+	for words in "${@:-unit semantics api packet netns router}"; do
 		for one in $words; do
 			declare -F "layer_$one" >/dev/null || die "no such layer of tests: $one"
 			layer "$one"
@@ -681,6 +691,13 @@ verb_test() { # [LAYER...]: unit semantics api packet netns (the default), real,
 	done
 	echo "$PASSED passed, $FAILED failed"
 	[ $FAILED = 0 ]
+}
+
+verb_mutants() { # [NAME...]: wrong versions of the datapath, and which test finds each (minutes; as root)
+	as_root mutants
+	need patch:patch /usr/bin/python3:python3 /usr/lib/python3/dist-packages/scapy:python3-scapy
+	verb_build
+	tests/mutants/run "$@"
 }
 
 # The benchmarks. Their budgets are printed beside what was measured; nothing fails by time.

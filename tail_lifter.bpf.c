@@ -13,17 +13,25 @@
  * so whatever filters or tracks connections there keeps its say. Packets that
  * are not ours go on untouched to whoever is attached after us.
  *
+ * With --snat there are two more doors, at the far edge, on the interfaces towards
+ * pods: to_pods (egress) gives requests this node's address and a port of its own,
+ * from_pods (ingress) gives replies the client's back. The stack in between sees
+ * client <-> pod all the same.
+ *
+ * An ICMP error is found by the packet that it quotes and goes the same ways.
+ *
  * A packet is parsed once, into struct packet, with both families as 16-byte
  * addresses; behind the parser only the writers ask for the family. Each door
- * exists for links without a link-layer header (TUN) and for Ethernet: one body,
- * specialised by the offset of the IP header.
+ * exists for links without a link-layer header (TUN) and for Ethernet: one body, which
+ * is told where the IP header begins.
  *
  * Maps (tail_lifter.h has their keys and values; the agent writes the first
- * four, the datapath the others):
+ * four and the last two, the datapath the others):
  *   svc_map   address, port, protocol -> service        net_map   ranges of addresses
  *   set_map   backends, in chunks                       text_map  names, for --status only
  *   ct_map    flows: a pair of entries each (LRU)       aff_map   session affinity (LRU)
  *   frag_map  ports of fragmented datagrams (LRU)       stat_map  a counter for each reason
+ *   door_map  what the agent knows of our interfaces    agent_map its notes, for --status
  *
  * Every packet leaves through open_door(), with a reason out of TL_REASONS.
  * No CO-RE, kfuncs, bpf_loop, timers or callbacks: it loads on 5.10 without BTF.

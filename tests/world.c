@@ -2,10 +2,11 @@
  *
  * world.c: what the demo and the namespace tests need around tail_lifter.
  *
- *   world tun NAME NETNS-A NETNS-B   a TUN in each namespace, what goes into one comes
- *                                    out of the other, offloads and all: the tailnet
- *   world pod NAME PORT              answers HTTP and UDP with its name and the address
- *                                    of whoever asked
+ *   world tun NETNS/NAME NETNS/NAME   a TUN in each namespace, what goes into one comes
+ *                                     out of the other, offloads and all: the tailnet
+ *   world pod NAME PORT               answers HTTP, lines by TCP, and UDP: with its name
+ *                                     and the address of whoever asked; lines and UDP
+ *                                     also with "port PORT " and what was asked
  *
  * Both stay until they are killed or whoever started them is gone.
  */
@@ -29,13 +30,16 @@
 #include <unistd.h>
 
 /* A TUN as tailscaled makes it: bare IP, with offloads. */
-static int tun_open(const char *name, const char *netns)
+static int tun_open(const char *where)
 {
 	struct ifreq ifr = { .ifr_flags = IFF_TUN | IFF_NO_PI | IFF_VNET_HDR };
+	const char *name = strchr(where, '/');
 	char path[256];
 	int ns, fd;
 
-	snprintf(path, sizeof(path), "/run/netns/%s", netns);
+	if (!name++)
+		errx(1, "not NETNS/NAME: %s", where);
+	snprintf(path, sizeof(path), "/run/netns/%.*s", (int)(name - 1 - where), where);
 	ns = open(path, O_RDONLY);
 	if (ns < 0 || setns(ns, CLONE_NEWNET))
 		err(1, "%s", path);
@@ -62,8 +66,8 @@ static int tun(char **arg)
 {
 	struct pollfd p[2] = { { .events = POLLIN }, { .events = POLLIN } };
 
-	p[0].fd = tun_open(arg[0], arg[1]);
-	p[1].fd = tun_open(arg[0], arg[2]);
+	p[0].fd = tun_open(arg[0]);
+	p[1].fd = tun_open(arg[1]);
 	puts("ready");
 	fflush(stdout);
 	while (poll(p, 2, -1) >= 0)
@@ -80,33 +84,57 @@ static int listen_on(int type, int port)
 
 	setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on));
 	if (fd < 0 || bind(fd, (struct sockaddr *)&me, sizeof(me)) ||
-	    (type == SOCK_STREAM && listen(fd, 64)))
+	    (type == SOCK_STREAM && listen(fd, 1024)))
 		err(1, "port %d", port);
 	return fd;
 }
 
-static int answer(char text[256], const char *name, const struct sockaddr_in6 *who)
+/* "NAME answers ADDRESS"; asked something, also "port PORT " and that. */
+static int answer(char text[4096], const char *name, const struct sockaddr_in6 *who, const char *asked, size_t n)
 {
 	char addr[INET6_ADDRSTRLEN];
+	int len;
 
 	inet_ntop(AF_INET6, &who->sin6_addr, addr, sizeof(addr));
-	return snprintf(text, 256, "%s answers %s\n", name, strncmp(addr, "::ffff:", 7) ? addr : addr + 7);
+	len = snprintf(text, 4096, "%s answers %s\n", name, strncmp(addr, "::ffff:", 7) ? addr : addr + 7);
+	if (asked)
+		len += snprintf(text + len, 4096 - len, "port %d %.*s", ntohs(who->sin6_port), (int)n, asked);
+	return len;
 }
 
-static void serve_http(int listener, const char *name)
+/* Each line is answered; the longer ones, which are there to be long, by their end. */
+static void serve_lines(int fd, const char *name, const struct sockaddr_in6 *who, char *ask, ssize_t n)
+{
+	char text[4096];
+	ssize_t tail;
+
+	do {
+		alarm(30);
+		tail = n < 64 ? n : 64;
+		if (ask[n - 1] == '\n')
+			send(fd, text, answer(text, name, who, ask + n - tail, tail), 0);
+	} while ((n = read(fd, ask, 65536)) > 0);
+}
+
+static void serve_tcp(int listener, const char *name)
 {
 	struct sockaddr_in6 who;
 	socklen_t len = sizeof(who);
 	int fd = accept(listener, (struct sockaddr *)&who, &len);
-	char ask[1024], text[256];
+	static char ask[65536], text[4096];
+	ssize_t n;
 
 	if (fd < 0 || fork()) {
 		close(fd);
 		return;
 	}
+	close(listener);
 	alarm(30); /* a client may think for that long */
-	if (read(fd, ask, sizeof(ask)) > 0)
-		dprintf(fd, "HTTP/1.0 200 OK\r\nContent-Length: %d\r\n\r\n%s", answer(text, name, &who), text);
+	n = read(fd, ask, sizeof(ask));
+	if (n > 4 && !memcmp(ask, "GET ", 4))
+		dprintf(fd, "HTTP/1.0 200 OK\r\nContent-Length: %d\r\n\r\n%s", answer(text, name, &who, NULL, 0), text);
+	else if (n > 0)
+		serve_lines(fd, name, &who, ask, n);
 	shutdown(fd, SHUT_WR);
 	while (read(fd, ask, sizeof(ask)) > 0)
 		;
@@ -117,11 +145,11 @@ static void serve_udp(int fd, const char *name)
 {
 	struct sockaddr_in6 who;
 	socklen_t len = sizeof(who);
-	char text[256], in[2048];
+	char text[4096], in[3500];
 	ssize_t n = recvfrom(fd, in, sizeof(in), 0, (struct sockaddr *)&who, &len);
 
 	if (n >= 0)
-		sendto(fd, text, answer(text, name, &who), 0, (struct sockaddr *)&who, len);
+		sendto(fd, text, answer(text, name, &who, in, n), 0, (struct sockaddr *)&who, len);
 }
 
 static int pod(char **arg)
@@ -133,7 +161,7 @@ static int pod(char **arg)
 	fflush(stdout);
 	while (poll(p, 2, -1) > 0) {
 		if (p[0].revents)
-			serve_http(p[0].fd, arg[0]);
+			serve_tcp(p[0].fd, arg[0]);
 		if (p[1].revents)
 			serve_udp(p[1].fd, arg[0]);
 	}
@@ -145,10 +173,10 @@ int main(int argc, char **argv)
 	prctl(PR_SET_PDEATHSIG, SIGTERM);
 	signal(SIGPIPE, SIG_IGN);
 	signal(SIGCHLD, SIG_IGN);
-	if (argc == 5 && !strcmp(argv[1], "tun"))
+	if (argc == 4 && !strcmp(argv[1], "tun"))
 		return tun(argv + 2);
 	if (argc == 4 && !strcmp(argv[1], "pod"))
 		return pod(argv + 2);
-	fprintf(stderr, "usage: world tun NAME NETNS-A NETNS-B | world pod NAME PORT\n");
+	fprintf(stderr, "usage: world tun NETNS/NAME NETNS/NAME | world pod NAME PORT\n");
 	return 2;
 }

@@ -37,25 +37,42 @@ world_start() {
 	[ "$said" = ready ] || { echo "did not start: $*" >&2; return 1; }
 }
 
-world_pod() { # NAME NUMBER
-	local ns
+# world_host NAME: a namespace, gone with the others
+world_host() {
+	ip netns add "$(world_ns "$1")"
+	world_hosts+=("$1")
+	ip -n "$(world_ns "$1")" link set lo up
+}
+
+# world_pod NAME NUMBER [NODE SUBNET]: a host pod-NAME behind the node's cni0, 10.42.SUBNET.NUMBER
+world_pod() {
+	local ns node=${3:-node} subnet=${4:-0}
 	ns=$(world_ns "pod-$1")
-	ip netns add "$ns"
-	ip -n "$ns" link set lo up
-	ip link add eth0 mtu 1450 netns "$ns" type veth peer name "pod-$1" netns "$(world_ns node)"
-	on node ip link set "pod-$1" master cni0 up
-	ip -n "$ns" address add "10.42.0.$2/24" dev eth0
-	ip -n "$ns" address add "fd42::$2/64" dev eth0 nodad
+	world_host "pod-$1"
+	ip link add eth0 mtu 1450 netns "$ns" type veth peer name "pod-$1" mtu 1450 netns "$(world_ns "$node")"
+	on "$node" ip link set "pod-$1" master cni0 up
+	ip -n "$ns" address add "10.42.$subnet.$2/24" dev eth0
+	ip -n "$ns" address add "fd42:0:0:$subnet::$2/64" dev eth0 nodad
 	ip -n "$ns" link set eth0 up
-	ip -n "$ns" route add default via 10.42.0.1
-	ip -n "$ns" -6 route add default via fd42::1
+	ip -n "$ns" route add default via "10.42.$subnet.1"
+	ip -n "$ns" -6 route add default via "fd42:0:0:$subnet::1"
 	world_start "pod-$1" "$WORLD" pod "pod-$1" 8080
+}
+
+# world_node NAME SUBNET: a host that forwards, and its bridge for pods
+world_node() {
+	world_host "$1"
+	on "$1" sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1
+	on "$1" ip link add cni0 mtu 1450 type bridge
+	on "$1" ip address add "10.42.$2.1/24" dev cni0
+	on "$1" ip address add "fd42:0:0:$2::1/64" dev cni0 nodad
+	on "$1" ip link set cni0 up
 }
 
 # world_tailnet: the TUN, addresses, routes
 world_tailnet() {
 	local host ns
-	world_start client "$WORLD" tun tailscale0 "$(world_ns client)" "$(world_ns node)"
+	world_start client "$WORLD" tun "$(world_ns client)/tailscale0" "$(world_ns node)/tailscale0"
 	# shellcheck disable=SC2034 # for who sources this
 	tailnet_pid=$world_pid
 	for host in client:7 node:1; do
@@ -70,21 +87,18 @@ world_tailnet() {
 	ip -n "$(world_ns client)" -6 route add fd43::/112 dev tailscale0
 }
 
-world_up() { # needs $WORLD, the program made of world.c
-	local host
-	world_dir=$(mktemp -d) world_pids=()
+# world_begin: an empty world, taken down when the script ends
+world_begin() {
+	world_dir=$(mktemp -d) world_pids=() world_hosts=()
 	trap world_down EXIT
 	trap 'exit 1' INT TERM
-	for host in client node; do
-		ip netns add "$(world_ns $host)"
-		ip -n "$(world_ns $host)" link set lo up
-	done
+}
+
+world_up() { # needs $WORLD, the program made of world.c
+	world_begin
+	world_host client
+	world_node node 0
 	world_tailnet
-	on node sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1
-	on node ip link add cni0 mtu 1450 type bridge
-	on node ip address add 10.42.0.1/24 dev cni0
-	on node ip address add fd42::1/64 dev cni0 nodad
-	on node ip link set cni0 up
 	world_pod a 5
 	world_pod b 6
 	on pod-b ethtool -K eth0 tx off >/dev/null
@@ -96,8 +110,19 @@ world_down() {
 	set +e
 	for pid in "${world_pids[@]}"; do kill "$pid" 2>/dev/null; done
 	for pid in "${world_pids[@]}"; do wait "$pid" 2>/dev/null; done
-	for host in client node pod-a pod-b; do ip netns delete "$(world_ns $host)" 2>/dev/null; done
+	for host in "${world_hosts[@]}"; do ip netns delete "$(world_ns "$host")" 2>/dev/null; done
 	rm -rf "$world_dir"
+}
+
+# No host has met a packet with a wrong checksum; says which did.
+world_sums_right() {
+	local host
+	for host in "${world_hosts[@]}"; do
+		on "$host" awk '/^(Ip|Tcp|Udp|Icmp):/ && !($1 in head) { split($0, n); for (i in n) name[$1, i] = n[i]; head[$1]; next }
+			{ for (i = 2; i <= NF; i++) if (name[$1, i] == "InCsumErrors" && $i) { print "'$host'", $1, $i; bad = 1 } }
+			END { exit bad }' /proc/net/snmp || return 1
+		on "$host" awk '/InCsumErrors/ && $2 { print "'$host'", $0; bad = 1 } END { exit bad }' /proc/net/snmp6 || return 1
+	done
 }
 
 # world_objects: what the API server would say: a Service `web`, ready in both pods

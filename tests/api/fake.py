@@ -1,4 +1,4 @@
-"""A fake API server: lists, watches and streamed lists of three kinds, over TLS or
+"""A fake API server: lists, watches and streamed lists of four kinds, over TLS or
 in the clear, that can be told to misbehave in any way. Only for tests."""
 import json, re, socket, ssl, struct, threading, time, urllib.parse
 
@@ -6,6 +6,7 @@ KINDS = {
     "/api/v1/services": ("Service", "v1"),
     "/apis/discovery.k8s.io/v1/endpointslices": ("EndpointSlice", "discovery.k8s.io/v1"),
     "/api/v1/nodes": ("Node", "v1"),
+    "/apis/networking.k8s.io/v1/servicecidrs": ("ServiceCIDR", "networking.k8s.io/v1"),
 }
 REASONS = {200: "OK", 301: "Moved Permanently", 401: "Unauthorized", 403: "Forbidden"}
 
@@ -248,6 +249,10 @@ def slice(name, service, *addresses, port=8080, ns="default"):
 
 def node(name="n1", zone="z1"):
     return {"metadata": {"name": name, "labels": {"topology.kubernetes.io/zone": zone}}}
+
+
+def cidr(name="kubernetes", *ranges):
+    return {"metadata": {"name": name}, "spec": {"cidrs": list(ranges)}}
 
 
 def filled(fake, services=2):

@@ -140,6 +140,17 @@ lacks() {
 	echo "$said"
 	grep -q "403: we may not $2 $1:" <<<"$said"
 }
+# goes_on VERB: without that right to servicecidrs it is in sync all the same, and says nothing of it
+goes_on() {
+	local said how=--dry-run
+	soon 10 eval "same \"\$(kubectl auth can-i $1 servicecidrs --as=$agent)\" no" || return
+	[ "$1" = list ] || how="--iface none0 --pin-dir $pins-lacks"
+	# shellcheck disable=SC2086 # a list
+	said=$(in_ns node timeout 3 "$BASH" -c "$shipped" - $how 2>&1 >"$dir/printed") || true
+	echo "$said"
+	fails grep -E '403|servicecidrs' <<<"$said" || return
+	if [ "$1" = list ]; then grep -q '10.43.0.80' "$dir/printed"; else grep -q 'services and .* slices from' <<<"$said"; fi
+}
 role() { kubectl get clusterrole tail-lifter -o json; }
 whole=$(role | jq 'del(.metadata.resourceVersion)')
 check "nothing is lacking" fails heard 403
@@ -147,10 +158,14 @@ for row in {services,endpointslices,nodes}-{list,watch}; do
 	jq --arg r "${row%-*}" --arg v "${row#*-}" '(.rules[] | select(.resources == [$r]) | .verbs) -= [$v]' <<<"$whole" | quietly kubectl replace -f -
 	check "without the right to ${row#*-} ${row%-*}: it says so" soon 10 lacks "${row%-*}" "${row#*-}"
 done
+for verb in list watch; do
+	jq --arg v $verb '(.rules[] | select(.resources == ["servicecidrs"]) | .verbs) -= [$v]' <<<"$whole" | quietly kubectl replace -f -
+	check "without the right to $verb servicecidrs: it goes on and does not say so" goes_on $verb
+done
 quietly kubectl replace -f - <<<"$whole"
 "$TAIL_LIFTER" --cleanup --pin-dir "$pins-lacks"
 check "no right to anything else" same "$(jq -c '[.rules[] | .resources[] as $r | .verbs[] | "\(.) \($r)"] | sort' <<<"$whole")" \
-	'["list endpointslices","list nodes","list services","watch endpointslices","watch nodes","watch services"]'
+	'["list endpointslices","list nodes","list servicecidrs","list services","watch endpointslices","watch nodes","watch servicecidrs","watch services"]'
 
 echo "# credentials change under way"
 quietly token two

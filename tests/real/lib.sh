@@ -66,6 +66,8 @@ show_logs() {
 
 ### the network (drawn at the head of `run`)
 
+. "$here/../flannel.sh"
+
 # join HOST NUMBER: a host on the underlay, with a way out that leads nowhere and counts
 join() {
 	ip netns add "$1"
@@ -117,31 +119,6 @@ pod_network() {
 		# shellcheck disable=SC2086 # four words
 		flannel_rules "$1" $rules
 	done
-}
-
-# flannel_rules HOST IPTABLES CLUSTER PODS MULTICAST: the rules that flannel writes on a
-# node, in its order, and the one of kube-proxy that hits packets which conntrack
-# cannot place.
-flannel_rules() {
-	in_ns "$1" "$2-restore" <<-E
-		*nat
-		:FLANNEL-POSTRTG - [0:0]
-		-A POSTROUTING -j FLANNEL-POSTRTG
-		-A FLANNEL-POSTRTG -m mark --mark 0x4000/0x4000 -j RETURN
-		-A FLANNEL-POSTRTG -s $4 -d $3 -j RETURN
-		-A FLANNEL-POSTRTG -s $3 -d $4 -j RETURN
-		-A FLANNEL-POSTRTG ! -s $3 -d $4 -j RETURN
-		-A FLANNEL-POSTRTG -s $3 ! -d $5 -j MASQUERADE --random-fully
-		-A FLANNEL-POSTRTG ! -s $3 -d $3 -j MASQUERADE --random-fully
-		COMMIT
-		*filter
-		:FLANNEL-FWD - [0:0]
-		-A FORWARD -m conntrack --ctstate INVALID -j DROP
-		-A FORWARD -j FLANNEL-FWD
-		-A FLANNEL-FWD -s $3 -j ACCEPT
-		-A FLANNEL-FWD -d $3 -j ACCEPT
-		COMMIT
-	E
 }
 
 # pod NAME HOST HOST-NUMBER NUMBER: its namespace and what it serves

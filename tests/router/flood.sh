@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: MIT
+# shellcheck shell=bash
+#
+# flood: many more flows than ct_map takes, while conversations go on.
+
+for node in $nodes; do # conntrack would be full first
+	on "$node" nft -f - <<-'E'
+		table inet flood {
+			chain prerouting {
+				type filter hook prerouting priority raw
+				ip saddr 100.80.0.0/16 notrack
+				ip daddr 100.80.0.0/16 notrack
+				ip6 saddr fd80::/64 notrack
+				ip6 daddr fd80::/64 notrack
+			}
+		}
+	E
+done
+ip -n "$(world_ns node1)" tuntap add flood0 mode tun
+ip -n "$(world_ns node1)" link set flood0 up
+route node1 100.80.0.0/16 fd80::/64 dev flood0
+route node2 100.80.0.0/16 fd80::/64 via 192.0.2.1 2001:db8::1 dev lan
+
+asked=(10.43.0.14:80=abcd "fd43::14:80=abcd" 10.43.0.11:80=a "fd43::15:80=c" 10.43.0.23:80=abc "fd43::28:80=abcd")
+
+# flood NAME N RATE SECONDS: so many UDP questions, while conversations go on. Sets what came of it.
+talking="client4 client6 laptop4 laptop6"
+flood() {
+	local name before after status=0
+	for name in $talking; do flows_start "$name" "${name%?}" 20 "$(vip_port "${name: -1}" 14 80)"; done
+	# shellcheck disable=SC2086 # words
+	check "$1: 80 conversations" round $talking
+	before=$(lifter node1 --status -o json)
+	for name in $talking; do flows_say "$name" run 60 "$world_dir/enough"; done
+	"$WIRE" flood "$(world_ns node1)" "${@:2}" "${asked[@]}" >"$world_dir/flood" 2>&1 || status=$?
+	touch "$world_dir/enough"
+	for name in $talking; do flows_hear "$name" || true; done >"$world_dir/conversations"
+	after=$(lifter node1 --status -o json)
+	[ ${#streams[@]} = 0 ] || wait "${streams[@]}" || true
+	check "$1: each answer came from who was asked, to who asked" went
+	# shellcheck disable=SC2086 # words
+	check "$1: afterwards each conversation goes on" round $talking
+	rm "$world_dir/enough"
+	for name in $talking; do flows_end "$name"; done
+	read -r _ sent _ answered _ _ _ bare _ took <<<"$(tail -n 1 "$world_dir/flood")"
+	again=$(($(gained flow_new) - sent)) healed=$(gained flow_healed)
+	broken=$(total broken) nudged=$(total nudged)
+	echo "router $1: $sent flows through $(jq .flows.capacity <<<"$after") entries in $took s, $bare of $answered answers met no flow;" \
+		"of 80 conversations, half TCP, $broken broke, $nudged waited for the client's next word;" \
+		"their flows were begun again $again times, with the same pod, where a table that draws anew would have moved" \
+		"$((again * 3 / 4)); halves were restored $healed times"
+}
+went() { cat "$world_dir/flood" && [ $status = 0 ] && [[ $(tail -n 1 "$world_dir/flood") == *" wrong 0 "* ]]; }
+gained() { jq -n --argjson a "$after" --argjson b "$before" "\$a.counters.$1 - \$b.counters.$1"; }
+total() { sed "s/.* \([0-9]*\) $1.*/\1/" "$world_dir/conversations" | paste -sd + | bc; }
+nobody_lost() { cat "$world_dir/conversations"; [ "$broken $nudged" = "0 0" ]; }
+
+agent_stop node1 TERM
+agent_start node1 --flows 1024
+
+# Twenty times what it takes, and slow enough that an answer meets its flow.
+world_run pod-a ./talk.py sink 9100 >"$world_dir/sink"
+sink=$world_pid
+soon 5 grep -q ready "$world_dir/sink"
+streams=()
+for way in $ways; do
+	on "${way%:*}" timeout 60 ./talk.py stream "$(vip "${way#*:}" 17)" 80 "$world_dir/enough" >"$world_dir/stream-$way" &
+	streams+=($!)
+done
+flood "a small table" 20480 6000 10
+check "a small table: no conversation missed a thing" nobody_lost
+kill $sink
+streams=()
+for way in $ways; do
+	check "a small table, $(link "${way%:*}"), IPv${way#*:}: who was answered only at the end" same "$(cat "$world_dir/stream-$way")" "heard all the while"
+done
+check "a small table: halves were restored" test "$healed" -gt 0
+
+# A table in which a flow lives for less than a round trip: what plain LRU can do is little.
+flood "a table too small" 100000 1000000 3
+
+agent_stop node1 TERM
+agent_start node1
+flood "a usual table" 1000000 1000000 20
+check "a usual table: no conversation missed a thing" nobody_lost
+check "a usual table: not one answer in a thousand met no flow" test $((bare * 1000)) -le "$answered"
