@@ -610,6 +610,18 @@ test_program() { # NAME FILE.c
 	verb_cc "$BUILT" "$2"
 }
 
+# Prometheus' own judge of metrics, in $PROMTOOL: one file of a package that, installed, would
+# start a server.
+promtool() {
+	PROMTOOL=$CACHE/promtool
+	[ ! -e "$PROMTOOL" ] || return 0
+	scratch "$CACHE"
+	apt_update
+	(cd "$TMP" && apt-get -qq -o APT::Sandbox::User= download prometheus && dpkg-deb --fsys-tarfile prometheus_*.deb | tar x ./usr/bin/promtool) ||
+		die "apt could not fetch promtool (package prometheus)"
+	mv "$TMP/usr/bin/promtool" "$PROMTOOL"
+}
+
 as_root() { [ "$(id -u)" = 0 ] || die "$1 makes network namespaces: run it as root (sudo ./build.sh $1)"; }
 
 verb_demo() { # show the main job in namespaces, without a cluster; as root
@@ -630,7 +642,8 @@ layer_api() {
 }
 layer_packet() { /usr/bin/python3 tests/packet/run; }
 layer_netns() {
-	test_program world tests/world.c && LIFTER=$PWD/tail_lifter WORLD=$BUILT tests/netns
+	promtool && test_program world tests/world.c &&
+		LIFTER=$PWD/tail_lifter WORLD=$BUILT PROMTOOL=$PROMTOOL tests/netns
 }
 layer_router() {
 	local world wire neighbour=$PWD/build/test/neighbour.bpf.o

@@ -21,7 +21,7 @@
  *   TLS, HTTP, JSON                                     know no Kubernetes
  *   objects, model, resolve, printing, --from           know no kernel
  *   maps, interfaces, doors                             know no API server
- *   kubeconfig, API server, tailscaled, loop            time
+ *   kubeconfig, API server, tailscaled, web, loop       time
  *   commands, options, main
  * A stage returns a value and never calls a later one. `grep '^/\* ==='` lists them.
  *
@@ -33,6 +33,7 @@
  *            /api/v1/nodes (own node only), /apis/networking.k8s.io/v1/servicecidrs;
  *            list and watch
  *   files    kubeconfig and what it names; see "kubeconfig"
+ *   TCP      --metrics: GET /metrics, /healthz, /readyz
  *   bpffs    the pin directory; see "doors" for what is in it
  *   netlink  RTNLGRP_LINK; clsact and cls_bpf where there is no tcx
  *   socket   tailscaled's, with --advertise, --check and --cleanup; see "tailscaled"
@@ -297,6 +298,22 @@ static const char *addr_text(const struct in6_addr *a, char *text)
 	return text;
 }
 
+/* For a socket of that family; an IPv4 one takes the last four bytes. Its length. */
+static socklen_t addr_socket(struct sockaddr_storage *to, int family, const struct in6_addr *a,
+			     uint16_t port)
+{
+	struct sockaddr_in6 *v6 = (struct sockaddr_in6 *)to;
+	struct sockaddr_in *v4 = (struct sockaddr_in *)to;
+
+	*to = (struct sockaddr_storage){ .ss_family = family };
+	v6->sin6_port = htons(port); /* where an IPv4 one has its own */
+	if (family == AF_INET)
+		memcpy(&v4->sin_addr, a->s6_addr + 12, sizeof(v4->sin_addr));
+	else
+		v6->sin6_addr = *a;
+	return family == AF_INET ? sizeof(*v4) : sizeof(*v6);
+}
+
 /* A range of addresses; `bits` counts in the 128 of the mapped form (an IPv4
  * /16 has 112). */
 struct cidr {
@@ -378,7 +395,8 @@ static struct options {
 	const char *status_of; /* --status NAMESPACE/NAME, or NULL */
 	bool json;	       /* -o json */
 	bool fast, advertise;
-	const char *metrics;
+	struct in6_addr metrics; /* where --metrics listens; ::, any address */
+	uint16_t metrics_port;	 /* 0: nowhere */
 } opt;
 /* === TLS ==================================================================
  * One connection to one address, by mbedTLS (1.2 or 1.3) or in the clear, over
@@ -626,21 +644,17 @@ static int tls_connect(struct tls *t, struct tls_trust *trust, const struct in6_
 		{ IPPROTO_TCP, TCP_NODELAY, 1 }, { SOL_SOCKET, SO_KEEPALIVE, 1 },
 		{ IPPROTO_TCP, TCP_KEEPIDLE, 20 }, { IPPROTO_TCP, TCP_KEEPINTVL, 10 },
 		{ IPPROTO_TCP, TCP_USER_TIMEOUT, 35000 } };
-	struct sockaddr_in6 to6 = { .sin6_family = AF_INET6, .sin6_port = htons(port) };
-	struct sockaddr_in to4 = { .sin_family = AF_INET, .sin_port = htons(port) };
-	bool v4 = addr_is_v4(addr);
-	void *to = v4 ? (void *)&to4 : (void *)&to6;
+	int family = addr_is_v4(addr) ? AF_INET : AF_INET6;
+	struct sockaddr_storage to;
+	socklen_t n = addr_socket(&to, family, addr, port);
 
-	to6.sin6_addr = *addr;
-	memcpy(&to4.sin_addr, addr->s6_addr + 12, 4);
 	*t = (struct tls){ .state = TLS_CONNECTING, .want = EPOLLOUT, .trust = trust };
 	snprintf(t->name, sizeof(t->name), "%s", name);
 	mbedtls_ssl_init(&t->ssl);
-	t->fd = socket(v4 ? AF_INET : AF_INET6, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+	t->fd = socket(family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
 	for (size_t i = 0; i < ARRAY_SIZE(options); i++)
 		setsockopt(t->fd, options[i][0], options[i][1], &options[i][2], sizeof(int));
-	if (t->fd < 0 ||
-	    (connect(t->fd, to, v4 ? sizeof(to4) : sizeof(to6)) && errno != EINPROGRESS))
+	if (t->fd < 0 || (connect(t->fd, (struct sockaddr *)&to, n) && errno != EINPROGRESS))
 		tcp_explain(errno);
 	else if (trust && (mbedtls_ssl_setup(&t->ssl, &trust->conf) ||
 			   mbedtls_ssl_set_hostname(&t->ssl, name)))
@@ -3552,6 +3566,7 @@ static struct maps {
 	int64_t sweep_at;     /* flows_sweep: not before */
 	int64_t sweep_due;    /* when the next of the flows is over that it has seen */
 	uint64_t flows_begun; /* TL_FLOW_NEW then */
+	uint64_t flows;	      /* and how many there were */
 	struct buf udp;	  /* uint64_t: what maps_flush_udp may keep, see udp_mark */
 	bool udp_changed;
 	bool adopted; /* the first sync is done: nothing unknown is left in the maps */
@@ -4019,6 +4034,7 @@ struct sweep {
 	int ct;
 	uint64_t hz, now;
 	int64_t next; /* seconds until one more is over */
+	uint64_t flows; /* that are not over */
 };
 
 static void flow_expire(void *arg, const struct tl_tuple *t, const struct tl_flow *f)
@@ -4026,11 +4042,22 @@ static void flow_expire(void *arg, const struct tl_tuple *t, const struct tl_flo
 	struct sweep *s = arg;
 	int64_t left = tl_flow_idle(t->proto, f->state) - (int64_t)(s->now - f->seen) / (int64_t)s->hz;
 
-	if (left < -SWEEP_GRACE)
+	if (left < -SWEEP_GRACE) {
 		bpf_map_delete_elem(s->ct, t);
-	else if (left < s->next)
+		return;
+	}
+	s->flows += t->dir == TL_REQUEST;
+	if (left < s->next)
 		s->next = left;
 }
+
+static const struct {
+	const char *key, *text;
+} reasons[TL_N_REASONS] = {
+#define ROW(name, key, fate, text) { key, text },
+	TL_REASONS(ROW)
+#undef ROW
+};
 
 static uint64_t counter_read(const struct maps *m, uint32_t reason)
 {
@@ -4061,6 +4088,7 @@ static void flows_sweep(struct maps *m, int64_t now)
 	s.now = jiffies_now(s.hz);
 	flows_walk(s.ct, flow_expire, &s);
 	m->flows_begun = begun;
+	m->flows = s.flows;
 	m->sweep_due = now + (s.next + SWEEP_GRACE) * 1000;
 }
 
@@ -6370,6 +6398,203 @@ static void tailscaled_tick(struct tailscaled *t, int64_t now)
 	}
 }
 
+/* === web (answers GET) ====================================================
+ * A listening socket and the few who ask there; knows nothing of what it answers: `page` does.
+ * A connection is one request, one answer and the end. Whoever connects may be silent, slow or
+ * hostile: the oldest goes if there is no room for the next, nobody stays longer than
+ * WEB_PATIENCE, nobody says more than WEB_REQUEST. */
+#define WEB_CLIENTS  8
+#define WEB_REQUEST  4096  /* bytes of a request's line and headers; Prometheus sends 300 */
+#define WEB_PATIENCE 10000 /* ms from accept() to the last byte; Prometheus waits as long */
+#define WEB_REST     1000  /* ms to the next accept() after one that found no descriptor free */
+
+struct web_client {
+	int fd;
+	uint64_t number; /* in the order of their coming; 0: nobody */
+	int64_t deadline;
+	bool answered; /* all is sent; to close before it does could reset what it still reads */
+	size_t n;
+	char in[WEB_REQUEST + 1]; /* n bytes and a NUL */
+};
+
+/* Writes what there is at `path`; an HTTP status. */
+typedef int page_fn(void *arg, const char *path, struct buf *out);
+
+struct web { /* all zero: closed */
+	int fd, epoll_fd;
+	uint32_t tag;
+	page_fn *page;
+	void *arg;
+	int64_t rest; /* when accept() is tried again; 0: it does not rest */
+	uint64_t n_clients;
+	struct web_client client[WEB_CLIENTS];
+};
+
+static int web_arm(const struct web *w, int op, int fd, uint32_t which, uint32_t events)
+{
+	return epoll_ctl(w->epoll_fd, op, fd,
+			 &(struct epoll_event){ .events = events, .data.u32 = w->tag + which });
+}
+
+/* With epoll_fd, tag, page and arg set. From now on epoll events with data.u32 from tag to
+ * tag + WEB_CLIENTS belong to web_ready, and web_deadline is to be kept. `::` is any address,
+ * of IPv4 too. 0, or -1 with why. */
+static int web_open(struct web *w, const struct in6_addr *addr, uint16_t port)
+{
+	int family = addr_is_v4(addr) ? AF_INET : AF_INET6;
+	int type = SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC;
+	struct buf where = { 0 };
+	struct sockaddr_storage at;
+	socklen_t n;
+
+	w->fd = socket(family, type, 0);
+	if (w->fd < 0 && IN6_IS_ADDR_UNSPECIFIED(addr)) /* a kernel without IPv6 */
+		w->fd = socket(family = AF_INET, type, 0);
+	n = addr_socket(&at, family, addr, port);
+	setsockopt(w->fd, IPPROTO_IPV6, IPV6_V6ONLY, &(int){ 0 }, sizeof(int));
+	setsockopt(w->fd, SOL_SOCKET, SO_REUSEADDR, &(int){ 1 }, sizeof(int));
+	if (w->fd >= 0 && !bind(w->fd, (struct sockaddr *)&at, n) &&
+	    !listen(w->fd, 2 * WEB_CLIENTS) && !web_arm(w, EPOLL_CTL_ADD, w->fd, 0, EPOLLIN))
+		return 0;
+	print_socket(&where, "cannot listen on ", addr, port);
+	return fail("--metrics: %s: %s; name another address or port", where.at, strerror(errno));
+}
+
+static void client_close(struct web_client *c)
+{
+	if (!c->number)
+		return;
+	shutdown(c->fd, SHUT_RDWR); /* a child that looks a name up may hold it too */
+	close(c->fd);
+	c->number = 0;
+}
+
+/* The next in the queue; NULL: there is none. */
+static struct web_client *client_accept(struct web *w, int64_t now)
+{
+	int fd = accept4(w->fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
+	struct web_client *c = w->client;
+
+	if (fd < 0) {
+		if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM)
+			w->rest = now + WEB_REST;
+		if (w->rest)
+			web_arm(w, EPOLL_CTL_MOD, w->fd, 0, 0);
+		return NULL;
+	}
+	for (struct web_client *o = c; o < w->client + WEB_CLIENTS; o++)
+		if (o->number < c->number)
+			c = o;
+	client_close(c);
+	c->fd = fd;
+	c->number = ++w->n_clients;
+	c->deadline = now + WEB_PATIENCE;
+	c->answered = false;
+	c->n = 0;
+	web_arm(w, EPOLL_CTL_ADD, fd, 1 + (c - w->client), EPOLLIN);
+	return c;
+}
+
+/* Takes a request apart, in place: 200 with the path asked for, or the status of what is
+ * wrong with it. Of the headers nothing is of interest. */
+static int request_read(char *in, const char **path)
+{
+	char *end = strchr(in, '\n'), *target, *version;
+
+	if (!end)
+		return 400;
+	end[-(end > in && end[-1] == '\r')] = 0;
+	target = strchr(in, ' ');
+	version = target ? strchr(target + 1, ' ') : NULL;
+	if (!version || target == in || target[1] != '/' || strncmp(version, " HTTP/1.", 8) ||
+	    !isdigit((unsigned char)version[8]) || version[9])
+		return 400;
+	*target++ = *version = 0;
+	target[strcspn(target, "?")] = 0;
+	*path = target;
+	return strcmp(in, "GET") && strcmp(in, "HEAD") ? 405 : 200;
+}
+
+/* Says all at once: the socket's buffer is empty, and holds more than any page has. */
+static void client_answer(const struct web *w, struct web_client *c, bool whole)
+{
+	struct buf head = { 0 }, body = { 0 };
+	const char *path, *word = "OK";
+	int status = whole ? request_read(c->in, &path) : 400;
+
+	if (status == 200 && (status = w->page(w->arg, path, &body)) != 200)
+		word = status == 404 ? "Not Found" : "Service Unavailable";
+	else if (status == 400)
+		buf_printf(&body, "%s: this is no HTTP request\n", word = "Bad Request");
+	else if (status == 405)
+		buf_printf(&body, "%s: only GET and HEAD\n", word = "Method Not Allowed");
+	buf_printf(&head,
+		   "HTTP/1.1 %d %s\r\nContent-Type: text/plain; version=0.0.4; charset=utf-8\r\n"
+		   "Content-Length: %zu\r\n%sConnection: close\r\n\r\n",
+		   status, word, body.len, status == 405 ? "Allow: GET, HEAD\r\n" : "");
+	if (strcmp(c->in, "HEAD"))
+		buf_add(&head, body.at, body.len);
+	if (send(c->fd, head.at, head.len, 0) != (ssize_t)head.len)
+		client_close(c);
+	else
+		shutdown(c->fd, SHUT_WR);
+	c->answered = true;
+	c->n = 0;
+	buf_free(&head);
+	buf_free(&body);
+}
+
+/* Bytes of a request, or the end of what the client says, which makes the request whole. */
+static void client_read(const struct web *w, struct web_client *c)
+{
+	ssize_t n = recv(c->fd, c->in + c->n, WEB_REQUEST - c->n, 0);
+	bool broken, whole;
+
+	if (n < 0 && (errno == EAGAIN || errno == EINTR))
+		return;
+	if (n < 0 || (!n && (!c->n || c->answered)))
+		return client_close(c);
+	if (c->answered)
+		return;
+	c->n += n;
+	c->in[c->n] = 0;
+	broken = strlen(c->in) < c->n || c->n == WEB_REQUEST || !isupper((unsigned char)*c->in);
+	whole = strstr(c->in, "\n\r\n") || strstr(c->in, "\n\n") || (!n && !broken);
+	if (whole || broken)
+		client_answer(w, c, whole);
+}
+
+/* The listening socket (0) or a client is ready. */
+static void web_ready(struct web *w, uint32_t which, int64_t now)
+{
+	struct web_client *c = which ? &w->client[which - 1] : client_accept(w, now);
+
+	if (c && c->number) /* it may have been sent away in this very round */
+		client_read(w, c);
+}
+
+/* When web_tick is to be called. */
+static int64_t web_deadline(const struct web *w)
+{
+	int64_t first = w->rest ? w->rest : INT64_MAX;
+
+	for (const struct web_client *c = w->client; c < w->client + WEB_CLIENTS; c++)
+		if (c->number && c->deadline < first)
+			first = c->deadline;
+	return first;
+}
+
+static void web_tick(struct web *w, int64_t now)
+{
+	for (struct web_client *c = w->client; c < w->client + WEB_CLIENTS; c++)
+		if (c->deadline <= now)
+			client_close(c);
+	if (w->rest && w->rest <= now) {
+		w->rest = 0;
+		web_arm(w, EPOLL_CTL_MOD, w->fd, 0, EPOLLIN);
+	}
+}
+
 /* === the loop =============================================================
  * One process, one epoll, one clock reading a round. Events change the model;
  * when all that was ready has been read, what is dirty goes to the maps. Nothing
@@ -6378,7 +6603,13 @@ static void tailscaled_tick(struct tailscaled *t, int64_t now)
 #define MAX_IFACES 8 /* of --iface */
 #define MAX_FAR	   64 /* towards pods */
 
-enum wake_tag { WAKE_SIGNAL, WAKE_NETLINK, WAKE_TAILSCALED, WAKE_API = WAKE_TAILSCALED + 2 };
+enum wake_tag {
+	WAKE_SIGNAL,
+	WAKE_NETLINK,
+	WAKE_TAILSCALED,
+	WAKE_WEB = WAKE_TAILSCALED + 2,
+	WAKE_API = WAKE_WEB + 1 + WEB_CLIENTS,
+};
 
 struct iface {
 	char name[IF_NAMESIZE];
@@ -6396,6 +6627,7 @@ struct far_iface {
 static struct agent {
 	struct model model;
 	struct api api;
+	struct web web; /* --metrics */
 	struct tailscaled tailscaled;
 	struct iface iface[MAX_IFACES];
 	int n_iface;
@@ -6589,6 +6821,123 @@ static void sync_now(struct agent *a)
 	ifaces_attach(a);
 }
 
+/* --- metrics ----------------------------------------------------------------
+ * Prometheus text. What the datapath counted is read when somebody asks; flows are counted
+ * by flows_sweep, for to walk ct_map takes time and, for moments, locks of the datapath's. */
+static void metric(struct buf *out, const char *name, const char *type, const char *help)
+{
+	buf_printf(out, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, type);
+}
+
+static void metric_gauge(struct buf *out, const char *name, const char *help, uint64_t value)
+{
+	metric(out, name, "gauge", help);
+	buf_printf(out, "%s %" PRIu64 "\n", name, value);
+}
+
+static void metrics_agent(struct buf *out, const struct agent *a)
+{
+	struct bpf_map_info ct = { 0 };
+	uint32_t len = sizeof(ct);
+
+	metric(out, "tail_lifter_build_info", "gauge", "Always 1; its label tells the version.");
+	buf_printf(out, "tail_lifter_build_info{version=\"%s\"} 1\n", TAIL_LIFTER_VERSION);
+	metric_gauge(out, "tail_lifter_synced",
+		     "Whether all lists were complete once since the agent began.",
+		     a->status.synced);
+	metric_gauge(out, "tail_lifter_last_change_timestamp_seconds",
+		     "When the agent last wrote to the datapath's maps; 0: not yet.",
+		     a->status.changed);
+	metric_gauge(out, "tail_lifter_services", "Services that the agent knows.",
+		     a->model.n_of[SERVICES]);
+	metric_gauge(out, "tail_lifter_slices", "EndpointSlices that the agent knows.",
+		     a->model.n_of[SLICES]);
+	metric(out, "tail_lifter_interface_attached", "gauge",
+	       "Whether the datapath is attached to this VPN interface.");
+	for (const struct iface *i = a->iface; i < a->iface + a->n_iface; i++) {
+		buf_printf(out, "tail_lifter_interface_attached{interface=");
+		print_string(out, i->name);
+		buf_printf(out, "} %d\n", i->ifindex != 0);
+	}
+	bpf_map_get_info_by_fd(maps.fd[CT_MAP], &ct, &len);
+	metric_gauge(out, "tail_lifter_ct_capacity",
+		     "Entries for which ct_map has room; a flow takes two.", ct.max_entries);
+	metric_gauge(out, "tail_lifter_flows", "Flows in ct_map, counted once a minute at most.",
+		     maps.flows);
+}
+
+static void metrics_counters(struct buf *out, const char *name, const char *label, uint64_t which)
+{
+	for (int i = 0; i < TL_N_REASONS; i++)
+		if (which >> i & 1)
+			buf_printf(out, "%s{%s=\"%s\"} %" PRIu64 "\n", name, label, reasons[i].key,
+				   counter_read(&maps, i));
+}
+
+static void metrics_process(struct buf *out)
+{
+	FILE *f = fopen("/proc/self/statm", "re");
+	struct timespec cpu;
+	uint64_t pages;
+
+	if (f && fscanf(f, "%*u %" SCNu64, &pages) == 1)
+		metric_gauge(out, "process_resident_memory_bytes", "Resident memory size in bytes.",
+			     pages * sysconf(_SC_PAGESIZE));
+	if (f)
+		fclose(f);
+	clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &cpu);
+	metric(out, "process_cpu_seconds_total", "counter",
+	       "Total user and system CPU time spent in seconds.");
+	buf_printf(out, "process_cpu_seconds_total %" PRId64 ".%06ld\n", (int64_t)cpu.tv_sec,
+		   cpu.tv_nsec / 1000);
+}
+
+/* Ready: synced, and attached to those of our interfaces that are there. */
+static int ready(const struct agent *a, struct buf *out)
+{
+	for (int k = 0; k < N_KINDS && !a->status.synced; k++)
+		if (!a->model.synced[k]) {
+			buf_printf(out, "not synced: the list of %s has not come yet from %s\n",
+				   resources[k].word, a->status.source);
+			return 503;
+		}
+	for (const struct iface *i = a->iface; i < a->iface + a->n_iface; i++) {
+		unsigned there = if_nametoindex(i->name);
+
+		if (!there || there == (unsigned)i->ifindex)
+			continue;
+		buf_printf(out, "not attached to %s: the log says why\n", i->name);
+		return 503;
+	}
+	buf_printf(out, "ready\n");
+	return 200;
+}
+
+static int page(void *arg, const char *path, struct buf *out)
+{
+	const struct agent *a = arg;
+
+	if (!strcmp(path, "/readyz"))
+		return ready(a, out);
+	if (!strcmp(path, "/healthz")) {
+		buf_printf(out, "the loop turns\n");
+		return 200;
+	}
+	if (strcmp(path, "/metrics")) {
+		buf_printf(out, "there are /metrics, /healthz and /readyz\n");
+		return 404;
+	}
+	metrics_agent(out, a);
+	metric(out, "tail_lifter_packets_total", "counter",
+	       "Packets at each interface we are attached to, by what became of them.");
+	metrics_counters(out, "tail_lifter_packets_total", "reason", ~TL_EVENTS);
+	metric(out, "tail_lifter_events_total", "counter",
+	       "What happened beside; these packets are in tail_lifter_packets_total too.");
+	metrics_counters(out, "tail_lifter_events_total", "event", TL_EVENTS);
+	metrics_process(out);
+	return 200;
+}
+
 /* SIGHUP: --from is read anew; a bad file changes nothing. */
 static void from_again(struct agent *a)
 {
@@ -6634,16 +6983,25 @@ static int loop_open(struct agent *a)
 	return loop_watch(a, a->signal_fd, WAKE_SIGNAL);
 }
 
+/* --metrics: 0, or -1 with why. */
+static int metrics_open(struct agent *a)
+{
+	a->web = (struct web){ .epoll_fd = a->epoll_fd, .tag = WAKE_WEB, .page = page, .arg = a };
+	return opt.metrics_port ? web_open(&a->web, &opt.metrics, opt.metrics_port) : 0;
+}
+
 /* Waits for something and lets it happen. */
 static void loop_round(struct agent *a)
 {
-	int64_t first = api_deadline(&a->api), wait = maps_deadline(&maps);
+	int64_t due[] = { api_deadline(&a->api), maps_deadline(&maps), a->tailscaled.deadline,
+			  web_deadline(&a->web) };
+	int64_t wait = INT64_MAX;
 	struct epoll_event e[8];
 	int n;
 
-	wait = wait < first ? wait : first;
-	first = a->tailscaled.deadline;
-	wait = (wait < first ? wait : first) - now_ms();
+	for (size_t i = 0; i < ARRAY_SIZE(due); i++)
+		wait = due[i] < wait ? due[i] : wait;
+	wait -= now_ms();
 	n = epoll_wait(a->epoll_fd, e, ARRAY_SIZE(e), wait >= INT_MAX ? -1 : wait > 0 ? wait : 0);
 	for (int i = 0; i < n; i++)
 		if (e[i].data.u32 == WAKE_SIGNAL) {
@@ -6651,11 +7009,14 @@ static void loop_round(struct agent *a)
 		} else if (e[i].data.u32 == WAKE_NETLINK) {
 			if (netlink_read(a->netlink_fd, on_link, a) && a->attach)
 				ifaces_tidy(a);
-		} else if (e[i].data.u32 < WAKE_API) {
+		} else if (e[i].data.u32 < WAKE_WEB) {
 			tailscaled_ready(&a->tailscaled, e[i].data.u32 - WAKE_TAILSCALED);
+		} else if (e[i].data.u32 < WAKE_API) {
+			web_ready(&a->web, e[i].data.u32 - WAKE_WEB, now_ms());
 		} else {
 			api_ready(&a->api, &a->model, e[i].data.u32 - WAKE_API, e[i].events);
 		}
+	web_tick(&a->web, now_ms());
 	api_tick(&a->api, now_ms());
 	tailscaled_tick(&a->tailscaled, now_ms());
 	maps_tick(&maps, &a->model, now_ms());
@@ -6701,7 +7062,7 @@ static int agent_open(struct agent *a, bool once)
 		return fail("another tail_lifter (%s) is at work with %s; stop it first, or use "
 			    "another --pin-dir",
 			    agent_where(pin_dir_holder(a->pin_fd)), opt.pin_dir);
-	if (loop_open(a) || datapath_load(&maps))
+	if (loop_open(a) || (!once && metrics_open(a)) || datapath_load(&maps))
 		return -1;
 	a->netlink_fd = netlink_open(RTMGRP_LINK | (opt.snat ? RTMGRP_IPV4_ROUTE | RTMGRP_IPV6_ROUTE |
 						    RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR : 0));
@@ -6941,14 +7302,6 @@ static struct entry *status_entries(const struct maps *m, const char *only, int 
 	*n = out.len / sizeof(struct entry);
 	return (struct entry *)out.at;
 }
-
-static const struct {
-	const char *key, *text;
-} reasons[TL_N_REASONS] = {
-#define ROW(name, key, fate, text) { key, text },
-	TL_REASONS(ROW)
-#undef ROW
-};
 
 /* What --status shows besides the services. */
 struct overview {
@@ -7748,6 +8101,24 @@ static int take_flows(const struct option_row *o, const char *s)
 	return 0;
 }
 
+/* 127.0.0.1:9000, [::1]:9000; :9000 is any address. */
+static int take_metrics(const struct option_row *o, const char *s)
+{
+	const char *colon = strrchr(s, ':'), *port = colon ? colon + 1 : "";
+	size_t n = colon ? colon - s : 0;
+	bool v6 = n > 1 && s[0] == '[' && s[n - 1] == ']' && memchr(s, ':', n);
+	unsigned long number = strtoul(port, NULL, 10);
+
+	opt.metrics = in6addr_any;
+	opt.metrics_port = number;
+	if (!*port || strspn(port, "0123456789") != strlen(port) || number < 1 || number > 65535 ||
+	    (v6 ? !addr_parse(s + 1, n - 2, &opt.metrics) :
+		  n && (memchr(s, ':', n) || !addr_parse(s, n, &opt.metrics))))
+		return fail("--%s: %s is nothing like 127.0.0.1:10430, [::1]:10430 or :10430",
+			    row_name(o), s);
+	return 0;
+}
+
 static const struct option_row options[] = {
 	{ "    --once", "attach, sync once, exit; the datapath stays", .command = cmd_once },
 	{ "    --status", "interfaces, services, flows, counters; of one: --status NAMESPACE/NAME",
@@ -7782,8 +8153,8 @@ static const struct option_row options[] = {
 	{ "    --flows N", "capacity of ct_map (default 65536)", .take = take_flows },
 	{ "    --advertise", "keep the service CIDR among tailscaled's advertised routes",
 	  .take = take_flag, .to = &opt.advertise },
-	{ "    --metrics ADDR:PORT", "serve Prometheus metrics and health there", .take = take_text,
-	  .to = &opt.metrics },
+	{ "    --metrics ADDR:PORT", "answer /metrics (Prometheus), /healthz and /readyz there",
+	  .take = take_metrics },
 	{ "    --pin-dir DIR", "where maps are pinned (default /sys/fs/bpf/tail_lifter)",
 	  .take = take_text, .to = &opt.pin_dir },
 	{ "-o, --output json", "print JSON (--status, --dry-run)", .take = take_json },
@@ -7841,8 +8212,6 @@ static int options_check(void)
 		return fail("--node: %s is too long for a node's name", opt.node);
 	if (*opt.pin_dir != '/')
 		return fail("--pin-dir: %s is not an absolute path", opt.pin_dir);
-	if (opt.metrics && !strrchr(opt.metrics, ':'))
-		return fail("--metrics: %s is not ADDR:PORT", opt.metrics);
 	return model_init(&agent.model, &opt);
 }
 
@@ -7886,11 +8255,7 @@ static int options_read(int argc, char **argv, int (**command)(void))
 /* What this version knows the words for, and does not do. */
 static int options_unbuilt(void)
 {
-	const char *word = opt.fast ? "--fast" :
-		opt.metrics	    ? "--metrics" :
-				      NULL;
-
-	return word ? fail("%s is not in this version", word) : 0;
+	return opt.fast ? fail("--fast is not in this version") : 0;
 }
 
 /* === main ================================================================= */

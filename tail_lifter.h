@@ -199,8 +199,8 @@ struct tl_agent {
 
 /* Why a packet met its fate. Each line makes the enum, the counter in stat_map
  * (per CPU, by the enum's number), what is done with the packet, and the words in
- * --status. New ones go to the end: numbers outlive versions. The flow_ ones,
- * port_changed, mss_clamped and unanswered count beside a packet's own reason. */
+ * --status. New ones go to the end: numbers outlive versions. Those of TL_EVENTS
+ * count beside a packet's own reason. */
 #define TL_REASONS(X)                                                                           \
 	X(REQUEST_SENT, "request", PASS, "requests sent on to a backend")                       \
 	X(REPLY_SENT, "reply", PASS, "replies sent back to the client")                         \
@@ -250,5 +250,9 @@ struct tl_agent {
 #define TL_ENUM(name, key, verdict, text) TL_##name,
 enum tl_reason { TL_REASONS(TL_ENUM) TL_N_REASONS };
 #undef TL_ENUM
+
+#define TL_EVENTS                                                                    \
+	(1ULL << TL_FLOW_NEW | 1ULL << TL_FLOW_HEALED | 1ULL << TL_PORT_CHANGED |    \
+	 1ULL << TL_UNANSWERED | 1ULL << TL_MSS_CLAMPED)
 
 #endif

@@ -802,9 +802,34 @@ static void test_routes(void)
 	rmdir(dir);
 }
 
+/* --- --metrics: what cannot be brought about in a namespace ------------------ */
+static void test_metrics(void)
+{
+	static const struct {
+		const char *iface;
+		int ifindex, status;
+	} rows[] = { { "nosuch0", 0, 200 }, { "lo", 1, 200 }, { "lo", 0, 503 }, { "lo", 999, 503 } };
+	static struct agent a = { .n_iface = 1, .status.synced = 1 };
+	struct buf out = { 0 };
+
+	for (size_t i = 0; i < ARRAY_SIZE(rows); i++) {
+		int got;
+
+		strcpy(a.iface[0].name, rows[i].iface);
+		a.iface[0].ifindex = rows[i].ifindex;
+		got = ready(&a, &out);
+		check(got == rows[i].status, "ready", "%zu: %d, %s", i, got, out.at);
+	}
+	buf_free(&out);
+	for (int i = 0; i < TL_N_REASONS; i++)
+		if (!strncmp(reasons[i].key, "flow_", 5) && i != TL_FLOW_TABLE)
+			check(TL_EVENTS >> i & 1, "TL_EVENTS", "%s", reasons[i].key);
+}
+
 int main(void)
 {
 	loud = -1;
+	test_metrics();
 	test_json_texts();
 	test_json_values();
 	test_split_list();
