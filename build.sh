@@ -680,6 +680,13 @@ verb_test() { # [LAYER...]: unit semantics api packet netns router (the default)
 	[ $FAILED = 0 ]
 }
 
+verb_mutants() { # [NAME...]: wrong versions of the datapath, and which test finds each (minutes; as root)
+	as_root mutants
+	need patch:patch /usr/bin/python3:python3 /usr/lib/python3/dist-packages/scapy:python3-scapy
+	verb_build
+	tests/mutants/run "$@"
+}
+
 # The benchmarks. Their budgets are printed beside what was measured; nothing fails by time.
 bench_sync() { tests/bench/sync; }
 bench_packet() {

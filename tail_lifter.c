@@ -14,12 +14,14 @@
  *
  *      rtnetlink ─▶ interfaces ─▶ doors ─▶ tcx links, or cls_bpf where there is no tcx
  *
+ *      model ─▶ tailscaled ─▶ what this node advertises (--advertise)
+ *
  * Order of the file, which is the order in which things happen:
  *   limits, saying things, basics, options             everybody's
  *   TLS, HTTP, JSON                                     know no Kubernetes
  *   objects, model, resolve, printing, --from           know no kernel
  *   maps, interfaces, doors                             know no API server
- *   kubeconfig, API server, loop                        time
+ *   kubeconfig, API server, tailscaled, loop            time
  *   commands, options, main
  * A stage returns a value and never calls a later one. `grep '^/\* ==='` lists them.
  *
@@ -33,8 +35,10 @@
  *   files    kubeconfig and what it names; see "kubeconfig"
  *   bpffs    the pin directory; see "doors" for what is in it
  *   netlink  RTNLGRP_LINK; clsact and cls_bpf where there is no tcx
+ *   socket   tailscaled's, with --advertise, --check and --cleanup; see "tailscaled"
  *   signals  SIGTERM and SIGINT end it, SIGHUP reads --from anew
- *   env      IFACE, KUBECONFIG, NODE_NAME, KUBERNETES_SERVICE_HOST and _PORT
+ *   env      IFACE, KUBECONFIG, NODE_NAME, KUBERNETES_SERVICE_HOST and _PORT; TS_SOCKET,
+ *            where tailscaled's socket is not where it always is
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -87,6 +91,7 @@
 #include <sys/syscall.h>
 #include <sys/sysmacros.h>
 #include <sys/types.h>
+#include <sys/un.h>
 #include <sys/utsname.h>
 #include <sys/vfs.h>
 #include <time.h>
@@ -2772,12 +2777,10 @@ static void model_settle(struct model *m)
 	m->said_without = m->n_without;
 }
 
-/* The ranges that are ours whatever stands in them (rule 16): struct cidr, to be
- * freed. Where services are left out, a ServiceCIDR may hold some that others serve. */
-static struct buf model_ranges(struct model *m)
+/* All ranges that services have their addresses from: struct cidr, to be freed; with the
+ * ServiceCIDRs if `all`. */
+static struct buf model_ranges_of(const struct model *m, bool all)
 {
-	const char *selector = m->filter.selector ? m->filter.selector : "";
-	bool all = !m->filter.n_namespaces && !selector[strspn(selector, SELECTOR_SPACE)];
 	struct buf out = { 0 };
 
 	if (m->opt->has_vip_range)
@@ -2790,8 +2793,17 @@ static struct buf model_ranges(struct model *m)
 		if (o->kind == SERVICE_CIDRS && all)
 			buf_add(&out, object_cidrs(o), o->n_cidrs * sizeof(struct cidr));
 	}
-	m->ranges_changed = false;
 	return out;
+}
+
+/* The ranges that are ours whatever stands in them (rule 16). Where services are left
+ * out, a ServiceCIDR may hold some that others serve. */
+static struct buf model_ranges(struct model *m)
+{
+	const char *selector = m->filter.selector ? m->filter.selector : "";
+
+	m->ranges_changed = false;
+	return model_ranges_of(m, !m->filter.n_namespaces && !selector[strspn(selector, SELECTOR_SPACE)]);
 }
 
 /* The next service whose entries may differ from what they were, each once;
@@ -4257,6 +4269,7 @@ static bool route_find(int fd, const struct in6_addr *to, struct route *r)
  *                             program, attached by cls_bpf
  *   clsact_IFINDEX            we made this interface's clsact qdisc (any map, for
  *                             a file to exist)
+ *   route_RANGE, routes_null  see "tailscaled"; any map too
  * so whoever comes after us, also after kill -9, knows what is ours. */
 #define BPFFS	    "/sys/fs/bpf"
 #define MOUNT_NAME  "tail_lifter" /* the source of a bpffs that we mounted */
@@ -4568,11 +4581,39 @@ static void flow_copy(void *to, const struct tl_tuple *t, const struct tl_flow *
 	bpf_map_update_elem(*(int *)to, t, f, BPF_NOEXIST);
 }
 
+/* Do the maps of an earlier run that say what is served fit, or are there none? They belong
+ * together: services whose backends were left behind in another map would drop all. */
+static bool services_fit(void)
+{
+	bool fit = true;
+
+	for (int i = 0; i < CT_MAP; i++) {
+		int fd = pinned(map_names[i], 0);
+		struct bpf_map_info info = { 0 };
+		uint32_t len = sizeof(info);
+
+		if (fd >= 0 && !bpf_map_get_info_by_fd(fd, &info, &len))
+			fit &= map_fits(&info, bpf_object__find_map_by_name(bpf->obj, map_names[i]));
+		close(fd);
+	}
+	return fit;
+}
+
+static bool is_of_services(const struct bpf_map *map)
+{
+	for (int i = 0; i < CT_MAP; i++)
+		if (!strcmp(bpf_map__name(map), map_names[i]))
+			return true;
+	return false;
+}
+
 /* Puts the maps of an earlier run into the object, where they still fit. One
  * that does not is replaced: what the agent writes it writes again, and flows
- * are carried over if only --flows changed: out of *old_flows, else that is -1. */
+ * are carried over if only --flows changed: out of *old_flows, else that is -1.
+ * Until all is written again the old programs go on, with the old maps. */
 static int maps_reuse(int *old_flows)
 {
+	bool services = services_fit(), fits;
 	struct bpf_map *map;
 
 	*old_flows = -1;
@@ -4583,9 +4624,10 @@ static int maps_reuse(int *old_flows)
 
 		if (fd < 0 || bpf_map_get_info_by_fd(fd, &info, &len))
 			continue;
-		if (map_fits(&info, map) && bpf_map__reuse_fd(map, fd))
+		fits = map_fits(&info, map) && (services || !is_of_services(map));
+		if (fits && bpf_map__reuse_fd(map, fd))
 			return fail("cannot adopt %s: %s", bpf_map__name(map), strerror(errno));
-		if (!map_fits(&info, map) && map == bpf->maps.ct_map &&
+		if (!fits && map == bpf->maps.ct_map &&
 		    info.key_size == sizeof(struct tl_tuple) &&
 		    info.value_size == sizeof(struct tl_flow))
 			*old_flows = fd;
@@ -5255,6 +5297,15 @@ static uint32_t random_bits(void)
 	return bits;
 }
 
+/* ms to wait after so many failures in a row: doubled by each, and jittered. */
+static int64_t pause_after(unsigned failures)
+{
+	int64_t pause = PAUSE_LEAST << (failures < 8 ? failures : 8);
+
+	pause = pause < PAUSE_MOST ? pause : PAUSE_MOST;
+	return pause / 2 + random_bits() % (pause / 2 + 1);
+}
+
 static void watch_enter(struct api *a, struct watch *w, enum watch_state state, int64_t wait)
 {
 	static const char *const names[] = { "resting", "resolving", "connecting",
@@ -5300,10 +5351,8 @@ static void watch_close(struct api *a, struct watch *w)
  * first time at once if `eager`. */
 static void watch_pause(struct api *a, struct watch *w, bool eager)
 {
-	int64_t pause = PAUSE_LEAST << (w->failures < 8 ? w->failures : 8);
+	int64_t pause = eager && !w->failures ? 0 : pause_after(w->failures);
 
-	pause = pause < PAUSE_MOST ? pause : PAUSE_MOST;
-	pause = eager && !w->failures ? 0 : pause / 2 + random_bits() % (pause / 2 + 1);
 	w->failures++;
 	if (w->ask == ASK_WATCH && w->state >= WATCH_ASKING && w->failures > 4)
 		w->rv[0] = 0; /* nothing comes of it */
@@ -5915,6 +5964,412 @@ static void api_stop(struct api *a)
 	free(a->failed);
 	*a = (struct api){ 0 };
 }
+/* === tailscaled (its local API) ===========================================
+ * --advertise: every range of services is among the routes that this node advertises. To be
+ * told when somebody changes them (k3s's vpn-auth sets its own at each start) we follow
+ * tailscaled's bus, whose first message has the preferences too: HTTP over a unix socket.
+ * What others advertise keeps its place and its spelling.
+ *
+ * Files in the pin directory say what is to be undone, and are there before it is done:
+ *   route_RANGE   it was us who added it; RANGE with - for a dot and _ for the slash
+ *   routes_null   without us there was no list at all, rather than an empty one */
+#define WATCH_PREFS  "watch-ipn-bus?mask=260" /* NotifyInitialPrefs; and NotifyRateLimit, for
+						 the net maps that come too */
+#define EDIT_ROUTES  "{\"AdvertiseRoutesSet\":true,\"AdvertiseRoutes\":"
+#define MAX_WORDS    256   /* bytes kept of an error's text */
+#define WAIT_LOCAL   10000 /* ms until tailscaled answers */
+#define REPAIR_LEAST 1000  /* ms from one repair to the next, if somebody else insists */
+#define ABSENT	     (-2)
+
+struct call { /* all zero: none */
+	int fd;
+	struct http http;
+	struct split split;
+	struct buf words; /* of an error */
+};
+
+struct advert {
+	char text[INET6_ADDRSTRLEN + 8]; /* "10.43.0.0/16", with its quotes, as JSON has it */
+};
+
+#define ROUTES_EACH(r, b) \
+	for (const struct advert *r = (void *)(b)->at, *end = r + (b)->len / sizeof(*r); r < end; r++)
+
+/* What is to become of the routes that tailscaled advertises. */
+struct routes {
+	struct buf edit;	/* JSON that says it; empty: they are good as they are */
+	struct buf added, gone; /* struct advert */
+	bool null, ours;	/* there is no list; there is one with a route that we added */
+};
+
+struct tailscaled {
+	struct buf want; /* struct advert */
+	bool sure;	 /* what we added and is not in `want` is to go */
+	bool seen;	 /* the bus has told the preferences */
+	struct call bus, edit;
+	struct routes todo, doing; /* doing: by `edit` */
+	struct json json;
+	int64_t deadline; /* of what is awaited or put off; INT64_MAX: nothing is */
+	int64_t edited;
+	unsigned failures; /* in a row */
+	uint64_t said;	   /* a hash of the last one */
+	int epoll_fd;
+	uint32_t tag;
+};
+
+static void call_close(struct call *c)
+{
+	if (c->fd > 0)
+		close(c->fd);
+	http_reset(&c->http);
+	split_free(&c->split);
+	buf_free(&c->words);
+	*c = (struct call){ 0 };
+}
+
+/* Sends a request: 0, or ABSENT or -1 with why. */
+static int call_open(struct call *c, const char *method, const char *target, const char *body)
+{
+	static const char *const paths[] = { "/var/run/tailscale/tailscaled.sock",
+					     "/run/tailscale/tailscaled.sock" };
+	const char *path = getenv("TS_SOCKET");
+	struct sockaddr_un to = { .sun_family = AF_UNIX };
+	struct buf text = { 0 };
+	int r = 0;
+
+	if (!path || !*path)
+		path = paths[access(paths[0], F_OK) && !access(paths[1], F_OK)];
+	snprintf(to.sun_path, sizeof(to.sun_path), "%s", path);
+	call_close(c);
+	c->fd = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+	if (connect(c->fd, (struct sockaddr *)&to, sizeof(to))) {
+		fail("no tailscaled at %s: %s: is it running? TS_SOCKET names another socket", path,
+		     strerror(errno));
+		return ABSENT;
+	}
+	buf_printf(&text, "%s /localapi/v0/%s HTTP/1.1\r\nHost: local-tailscaled.sock\r\n"
+		   "Content-Length: %zu\r\n\r\n%s", method, target, strlen(body), body);
+	if (send(c->fd, text.at, text.len, MSG_NOSIGNAL) != (ssize_t)text.len)
+		r = fail("tailscaled does not take a request: %s", strerror(errno));
+	buf_free(&text);
+	return r;
+}
+
+/* A piece of an answer's body. */
+static int call_body(struct call *c, const char *at, size_t n,
+		     void (*on_object)(void *arg, const struct split *s), void *arg)
+{
+	size_t room = MAX_WORDS - c->words.len;
+	enum split_got got;
+
+	if (c->http.status != 200) {
+		buf_add(&c->words, at, n < room ? n : room);
+		return 0;
+	}
+	while ((got = split_feed(&c->split, &at, &n)) != SPLIT_MORE) {
+		if (got == SPLIT_BAD)
+			return fail("the answer is no JSON: %s", why);
+		if (on_object)
+			on_object(arg, &c->split);
+	}
+	return 0;
+}
+
+/* Reads what there is; `on_object`, if any, gets each object. 1: that was the whole answer,
+ * 0: more is to come, -1 with why. */
+static int call_read(struct call *c, void (*on_object)(void *arg, const struct split *s), void *arg)
+{
+	const char *at, *body = NULL;
+	size_t left, body_n = 0;
+	enum http_got got;
+	char bytes[4096];
+
+	for (int i = 0; i < 64; i++) { /* then others have their turn */
+		ssize_t n = recv(c->fd, bytes, sizeof(bytes), 0);
+
+		if (n < 0)
+			return errno == EAGAIN ? 0 : fail("tailscaled: %s", strerror(errno));
+		at = bytes;
+		left = n;
+		do {
+			got = n ? http_feed(&c->http, &at, &left, &body, &body_n) :
+				  http_eof(&c->http);
+			if (got == HTTP_BODY && call_body(c, body, body_n, on_object, arg))
+				got = HTTP_BAD;
+		} while (got == HTTP_HEAD || got == HTTP_BODY);
+		if (got == HTTP_BAD)
+			return fail("tailscaled: %s", why);
+		if (got == HTTP_END && c->http.status == 200)
+			return 1;
+		if (got == HTTP_END)
+			return fail("tailscaled says no: %d: %s", c->http.status,
+				    c->words.at ? strtok(c->words.at, "\n") : "");
+	}
+	return 0;
+}
+
+static void object_copy(void *text, const struct split *s)
+{
+	buf_add(text, s->text, s->len);
+}
+
+/* A whole request, waiting for the answer. What there is of an object in it is in `j` until
+ * the process ends. As call_open. */
+static int call_wait(const char *method, const char *target, const char *body, struct json *j)
+{
+	struct call c = { 0 };
+	struct buf text = { 0 };
+	int r = call_open(&c, method, target, body);
+
+	while (!r) {
+		struct pollfd p = { .fd = c.fd, .events = POLLIN };
+
+		r = poll(&p, 1, WAIT_LOCAL) == 1 ? call_read(&c, object_copy, &text) :
+						   fail("tailscaled does not answer");
+	}
+	call_close(&c);
+	buf_add(&text, "", 0);
+	if (r > 0)
+		json_parse(j, text.at, text.len); /* of a long one the beginning will do */
+	return r < 0 ? r : 0;
+}
+
+/* --- routes ------------------------------------------------------------------- */
+
+/* The name of a route's file; `text` begins with a quote. */
+static const char *route_word(const char *text)
+{
+	static char name[64];
+
+	snprintf(name, sizeof(name), "route_%.*s", (int)strcspn(text + 1, "\""), text + 1);
+	for (char *c = name; *c; c++)
+		*c = *c == '.' ? '-' : *c == '/' ? '_' : *c;
+	return name;
+}
+
+/* Ranges as routes. */
+static struct buf routes_of(struct buf ranges)
+{
+	char text[INET6_ADDRSTRLEN + 4];
+	struct buf out = { 0 };
+
+	for (struct cidr *c = (void *)ranges.at; ranges.len; c++, ranges.len -= sizeof(*c)) {
+		struct cidr masked = *c;
+		struct advert r = { 0 };
+
+		addr_mask(&masked.addr, masked.bits);
+		snprintf(r.text, sizeof(r.text), "\"%s\"", cidr_text(&masked, text));
+		buf_add(&out, &r, sizeof(r));
+	}
+	free(ranges.at);
+	return out;
+}
+
+static void routes_free(struct routes *r)
+{
+	buf_free(&r->edit);
+	buf_free(&r->added);
+	buf_free(&r->gone);
+	*r = (struct routes){ 0 };
+}
+
+/* What the preferences lack, and, if `sure`, have of us without need. */
+static struct routes routes_edit(const struct json *j, int prefs, const struct buf *want, bool sure)
+{
+	int list = json_get(j, prefs, "AdvertiseRoutes");
+	struct routes r = { .null = list < 0 };
+	bool null = false;
+
+	buf_printf(&r.edit, EDIT_ROUTES "[");
+	for (int i = json_first(j, list); i >= 0; i = json_next(j, list, i)) {
+		const char *text = j->text + j->tok[i].start - 1;
+		int n = j->tok[i].end - j->tok[i].start + 2; /* with the quotes */
+		bool ours = !access(pin_path(route_word(text), 0), F_OK);
+		struct advert gone = { 0 };
+
+		r.ours |= ours;
+		if (ours && sure && !(want->len && memmem(want->at, want->len, text, n))) {
+			snprintf(gone.text, sizeof(gone.text), "%.*s", n, text);
+			buf_add(&r.gone, &gone, sizeof(gone));
+		} else {
+			buf_printf(&r.edit, "%.*s,", n, text);
+		}
+	}
+	ROUTES_EACH (w, want)
+		if (!strstr(r.edit.at, w->text)) {
+			buf_printf(&r.edit, "%s,", w->text);
+			buf_add(&r.added, w, sizeof(*w));
+		}
+	if (r.edit.at[r.edit.len - 1] == ',')
+		r.edit.len--;
+	else
+		null = !access(pin_path("routes_null", 0), F_OK);
+	r.edit.len -= null; /* the bracket */
+	buf_printf(&r.edit, null ? "null}" : "]}");
+	if (!r.added.len && !r.gone.len)
+		buf_free(&r.edit);
+	return r;
+}
+
+/* Before they are written. 0, or -1 with why. */
+static int routes_record(const struct routes *r)
+{
+	ROUTES_EACH (a, &r->added)
+		if (pin(maps.fd[STAT_MAP], route_word(a->text), 0))
+			return -1;
+	if (r->added.len && r->null)
+		return pin(maps.fd[STAT_MAP], "routes_null", 0);
+	if (r->added.len && !r->ours)
+		unpin("routes_null", 0);
+	return 0;
+}
+
+/* They are written (`done`), or were refused: forgets what is ours no more, or never was. */
+static void routes_settle(struct routes *r, bool done)
+{
+	ROUTES_EACH (old, done ? &r->gone : &r->added)
+		unpin(route_word(old->text), 0);
+	if (done)
+		note("tailscaled was told: %s", r->edit.at);
+	routes_free(r);
+}
+
+/* At once, and waiting for it. 0, or ABSENT or -1 with why. */
+static int routes_now(const struct buf *want, bool sure)
+{
+	struct json j = { 0 };
+	struct routes r;
+	int failed = call_wait("GET", "prefs", "", &j);
+
+	if (failed)
+		return failed;
+	r = routes_edit(&j, 0, want, sure);
+	if (!r.edit.len)
+		return 0;
+	failed = routes_record(&r);
+	if (!failed)
+		failed = call_wait("PATCH", "prefs", r.edit.at, &j);
+	routes_settle(&r, !failed);
+	return failed;
+}
+
+/* --- what the loop calls -------------------------------------------------------- */
+
+/* `why` is what happened: all begins anew after a pause. */
+static void tailscaled_fail(struct tailscaled *t)
+{
+	uint64_t h = hash64(0, why, strlen(why));
+
+	if (h != t->said)
+		warn("--advertise: %s; trying again", why);
+	t->said = h;
+	call_close(&t->bus);
+	call_close(&t->edit);
+	t->deadline = now_ms() + pause_after(t->failures++);
+}
+
+/* Epoll will tell. */
+static void tailscaled_ask(struct tailscaled *t, struct call *c, const char *method,
+			   const char *target, const char *body)
+{
+	struct epoll_event e = { .events = EPOLLIN, .data.u32 = t->tag + (c == &t->edit) };
+
+	t->deadline = now_ms() + WAIT_LOCAL;
+	if (call_open(c, method, target, body) || epoll_ctl(t->epoll_fd, EPOLL_CTL_ADD, c->fd, &e))
+		tailscaled_fail(t);
+}
+
+/* One repair at a time, and not more often than REPAIR_LEAST. */
+static void tailscaled_repair(struct tailscaled *t)
+{
+	int64_t now = now_ms();
+
+	if (t->edit.fd)
+		return;
+	t->deadline = t->todo.edit.len ? t->edited + REPAIR_LEAST : INT64_MAX;
+	if (now < t->deadline)
+		return;
+	t->edited = now;
+	routes_free(&t->doing);
+	t->doing = t->todo;
+	t->todo = (struct routes){ 0 };
+	if (routes_record(&t->doing))
+		return tailscaled_fail(t);
+	tailscaled_ask(t, &t->edit, "PATCH", "prefs", t->doing.edit.at);
+}
+
+/* News from the bus: preferences are all that we look for. */
+static void on_notify(void *arg, const struct split *s)
+{
+	static const char word[] = "\"Prefs\":{";
+	struct tailscaled *t = arg;
+	int prefs;
+
+	if (!memmem(s->text, s->len, word, strlen(word))) /* a net map may be huge */
+		return;
+	json_take(&t->json, s);
+	prefs = json_get(&t->json, 0, "Prefs");
+	if (prefs < 0)
+		return;
+	routes_free(&t->todo);
+	t->todo = routes_edit(&t->json, prefs, &t->want, t->sure);
+	t->seen = true;
+}
+
+/* The descriptor of the bus (0) or of a repair (1) is ready. */
+static void tailscaled_ready(struct tailscaled *t, unsigned which)
+{
+	struct call *c = which ? &t->edit : &t->bus;
+	int r, status;
+
+	if (!c->fd) /* closed in this round */
+		return;
+	r = call_read(c, which ? NULL : on_notify, t);
+	status = c->http.status;
+	if (which && r && status) {
+		call_close(c);
+		routes_settle(&t->doing, status == 200);
+	}
+	if (r < 0 || (!which && r && fail("tailscaled ended its bus")))
+		return tailscaled_fail(t);
+	if (!t->seen)
+		return;
+	if (!t->edit.fd && !t->todo.edit.len)
+		t->failures = t->said = 0;
+	tailscaled_repair(t);
+}
+
+/* From now on these ranges (of which the buffer is taken) are to be advertised; `sure`: these
+ * alone. Epoll events with data.u32 = tag and tag + 1 belong to tailscaled_ready, and
+ * t->deadline is to be kept. */
+static void tailscaled_want(struct tailscaled *t, struct buf ranges, bool sure)
+{
+	buf_free(&t->want);
+	t->want = routes_of(ranges);
+	t->sure = sure;
+	if (!t->want.len)
+		warn("--advertise: no range is known: the API server shows no ServiceCIDRs (before "
+		     "Kubernetes 1.33, or for want of a right); --map RANGE=RANGE names one");
+	call_close(&t->bus); /* anew: it begins with the preferences */
+	call_close(&t->edit);
+	t->deadline = now_ms();
+}
+
+static void tailscaled_tick(struct tailscaled *t, int64_t now)
+{
+	if (now < t->deadline)
+		return;
+	if (t->edit.fd || (t->bus.fd && !t->seen)) {
+		fail("tailscaled does not answer");
+		tailscaled_fail(t);
+	} else if (t->bus.fd) {
+		tailscaled_repair(t);
+	} else {
+		t->seen = false;
+		tailscaled_ask(t, &t->bus, "GET", WATCH_PREFS, "");
+	}
+}
+
 /* === the loop =============================================================
  * One process, one epoll, one clock reading a round. Events change the model;
  * when all that was ready has been read, what is dirty goes to the maps. Nothing
@@ -5923,7 +6378,7 @@ static void api_stop(struct api *a)
 #define MAX_IFACES 8 /* of --iface */
 #define MAX_FAR	   64 /* towards pods */
 
-enum wake_tag { WAKE_SIGNAL, WAKE_NETLINK, WAKE_API };
+enum wake_tag { WAKE_SIGNAL, WAKE_NETLINK, WAKE_TAILSCALED, WAKE_API = WAKE_TAILSCALED + 2 };
 
 struct iface {
 	char name[IF_NAMESIZE];
@@ -5941,6 +6396,7 @@ struct far_iface {
 static struct agent {
 	struct model model;
 	struct api api;
+	struct tailscaled tailscaled;
 	struct iface iface[MAX_IFACES];
 	int n_iface;
 	struct far_iface far[MAX_FAR];
@@ -6012,6 +6468,8 @@ static void on_link(void *arg, const struct nlmsghdr *h)
 	is->ifindex = l.ifindex;
 	is->mtu = l.mtu;
 	note("attached to %s", is->name);
+	if (!a->tailscaled.bus.fd && a->tailscaled.deadline != INT64_MAX)
+		a->tailscaled.deadline = 0; /* it has come back */
 }
 
 static struct far_iface *far_find(struct agent *a, int ifindex)
@@ -6112,7 +6570,7 @@ static bool all_synced(const struct agent *a)
 /* After each round of events. The first time: may it be programmed at all? */
 static void sync_now(struct agent *a)
 {
-	bool first = !maps.adopted;
+	bool first = !maps.adopted, ranges = a->model.ranges_changed;
 
 	if (a->refused || !all_synced(a))
 		return;
@@ -6125,6 +6583,9 @@ static void sync_now(struct agent *a)
 	if (first)
 		note("%zu services and %zu slices from %s", a->model.n_of[SERVICES], a->model.n_of[SLICES],
 		     a->status.source);
+	if (opt.advertise && ranges) /* a server that refuses them now may show them later */
+		tailscaled_want(&a->tailscaled, model_ranges_of(&a->model, true),
+				!a->api.watch[SERVICE_CIDRS].failures);
 	ifaces_attach(a);
 }
 
@@ -6167,6 +6628,7 @@ static int loop_open(struct agent *a)
 	sigaddset(&set, SIGHUP);
 	sigprocmask(SIG_BLOCK, &set, NULL);
 	signal(SIGPIPE, SIG_IGN);
+	a->tailscaled.deadline = INT64_MAX;
 	a->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
 	a->signal_fd = signalfd(-1, &set, SFD_NONBLOCK | SFD_CLOEXEC);
 	return loop_watch(a, a->signal_fd, WAKE_SIGNAL);
@@ -6179,6 +6641,8 @@ static void loop_round(struct agent *a)
 	struct epoll_event e[8];
 	int n;
 
+	wait = wait < first ? wait : first;
+	first = a->tailscaled.deadline;
 	wait = (wait < first ? wait : first) - now_ms();
 	n = epoll_wait(a->epoll_fd, e, ARRAY_SIZE(e), wait >= INT_MAX ? -1 : wait > 0 ? wait : 0);
 	for (int i = 0; i < n; i++)
@@ -6187,10 +6651,13 @@ static void loop_round(struct agent *a)
 		} else if (e[i].data.u32 == WAKE_NETLINK) {
 			if (netlink_read(a->netlink_fd, on_link, a) && a->attach)
 				ifaces_tidy(a);
+		} else if (e[i].data.u32 < WAKE_API) {
+			tailscaled_ready(&a->tailscaled, e[i].data.u32 - WAKE_TAILSCALED);
 		} else {
 			api_ready(&a->api, &a->model, e[i].data.u32 - WAKE_API, e[i].events);
 		}
 	api_tick(&a->api, now_ms());
+	tailscaled_tick(&a->tailscaled, now_ms());
 	maps_tick(&maps, &a->model, now_ms());
 	flows_sweep(&maps, now_ms());
 	far_attach(a);
@@ -6241,6 +6708,8 @@ static int agent_open(struct agent *a, bool once)
 	if (a->netlink_fd < 0 || loop_watch(a, a->netlink_fd, WAKE_NETLINK))
 		return -1;
 	a->status.pid = getpid();
+	a->tailscaled.epoll_fd = a->epoll_fd;
+	a->tailscaled.tag = WAKE_TAILSCALED;
 	if (!bpf_map_get_next_key(maps.fd[SVC_MAP], NULL, &any)) /* of an earlier run */
 		ifaces_attach(a);
 	if (source_open(a, once))
@@ -6270,6 +6739,8 @@ static int ifaces_attached(struct agent *a)
 /* Attach, sync, and stay, unless `once`; the datapath stays when we go. */
 static int agent_run(struct agent *a, bool once)
 {
+	int missing;
+
 	if (agent_open(a, once))
 		return rmdir(opt.pin_dir), -1; /* only if there is nothing in it */
 	for (sync_now(a); !a->stop && !a->refused && !a->api.failed && !(once && maps.adopted);
@@ -6282,7 +6753,10 @@ static int agent_run(struct agent *a, bool once)
 	if (a->refused || (once && !maps.adopted))
 		return -1;
 	api_stop(&a->api);
-	return once ? ifaces_attached(a) : 0;
+	if (!once)
+		return 0;
+	missing = ifaces_attached(a);
+	return opt.advertise && routes_now(&a->tailscaled.want, a->tailscaled.sure) ? -1 : missing;
 }
 
 static int cmd_run(void)
@@ -6637,6 +7111,26 @@ static void print_status_text(struct buf *out, const struct overview *o, const s
 			buf_printf(out, "%12" PRIu64 "  %s\n", o->counters[i], reasons[i].text);
 }
 
+/* Another version may have made these maps; its values would not fit in ours. */
+static bool map_is_known(int fd, enum map map)
+{
+	static const uint32_t sizes[N_MAPS][2] = {
+		{ sizeof(struct tl_text_key), sizeof(struct tl_text) },
+		{ sizeof(struct tl_net_key), sizeof(uint32_t) },
+		{ sizeof(struct tl_set_key), sizeof(struct tl_chunk) },
+		{ sizeof(struct tl_svc_key), sizeof(struct tl_svc) },
+		{ sizeof(struct tl_tuple), sizeof(struct tl_flow) },
+		{ sizeof(uint32_t), sizeof(uint64_t) },
+		{ sizeof(uint32_t), sizeof(struct tl_agent) },
+		{ sizeof(uint32_t), sizeof(struct tl_door) },
+	};
+	struct bpf_map_info info = { 0 };
+	uint32_t len = sizeof(info);
+
+	return !bpf_map_get_info_by_fd(fd, &info, &len) && info.key_size == sizes[map][0] &&
+		info.value_size == sizes[map][1];
+}
+
 static int cmd_status(void)
 {
 	static struct overview o;
@@ -6653,6 +7147,9 @@ static int cmd_status(void)
 		if (maps.fd[i] < 0)
 			return fail("cannot read %s/%s: %s; run as root", opt.pin_dir, map_names[i],
 				    strerror(errno));
+		if (!map_is_known(maps.fd[i], i))
+			return fail("%s/%s is of another version of TailLifter: ask that one, or start this one",
+				    opt.pin_dir, map_names[i]);
 	}
 	overview_read(&maps, &o);
 	e = status_entries(&maps, opt.status_of, &n);
@@ -6700,6 +7197,28 @@ static void unmount_ours(void)
 		umount(BPFFS);
 }
 
+/* tailscaled's routes as they would be without us. 0, or -1 with why: it can be tried again. */
+static int routes_restore(void)
+{
+	struct buf ours = { 0 };
+	const char *name;
+	int r;
+
+	for (DIR *dir = opendir(opt.pin_dir); (name = dir_next(dir));)
+		if (!strncmp(name, "route_", 6))
+			buf_printf(&ours, " %s", name + 6);
+	if (!ours.len)
+		return 0;
+	r = routes_now(&(struct buf){ 0 }, true);
+	for (char *c = ours.at; *c; c++)
+		*c = *c == '-' ? '.' : *c == '_' ? '/' : *c;
+	if (r == ABSENT)
+		warn("%s; what we had it advertise stays:%s; tailscale set --advertise-routes= "
+		     "with the others alone takes them away", why, ours.at);
+	buf_free(&ours);
+	return r == ABSENT ? 0 : r;
+}
+
 /* Leaves no trace. Nothing there is fine. */
 static int cmd_cleanup(void)
 {
@@ -6719,6 +7238,8 @@ static int cmd_cleanup(void)
 	ifindex = doors_list(&n); /* doors first */
 	while (n)
 		doors_detach(ifindex[--n]);
+	if (routes_restore())
+		return -1;
 	for (dir = opendir(opt.pin_dir); (name = dir_next(dir));)
 		unpin(name, 0);
 	close(pin_fd);
@@ -6945,6 +7466,100 @@ static enum verdict check_node(int what)
 	return HINT;
 }
 
+/* What tailscaled says, asked once; NULL with why. */
+static const struct json *local_look(const char *target)
+{
+	static struct json prefs, status;
+	struct json *j = *target == 'p' ? &prefs : &status;
+
+	return j->n_tok || !call_wait("GET", target, "", j) ? j : NULL;
+}
+
+/* Is a route in a member of this object, which is a list? */
+static bool local_has(const struct json *j, int object, const char *member, const char *route)
+{
+	int at = json_get(j, object, member);
+
+	return at >= 0 &&
+		memmem(j->text + j->tok[at].start, j->tok[at].end - j->tok[at].start, route, strlen(route));
+}
+
+/* The ranges that should come to this node. */
+static struct buf check_ranges(void)
+{
+	static bool listed;
+
+	if (!listed && !opt.from)
+		check_resource(SERVICE_CIDRS);
+	listed = true;
+	return routes_of(model_ranges_of(&agent.model, true));
+}
+
+static enum verdict check_advertised(int what)
+{
+	const struct json *prefs = local_look("prefs"), *status = prefs ? local_look("status") : NULL;
+	int self = status ? json_get(status, 0, "Self") : -1;
+	struct buf ranges = { 0 };
+
+	(void)what;
+	if (!status)
+		return UNSEEN;
+	ranges = check_ranges();
+	ROUTES_EACH (r, &ranges) {
+		if (!local_has(prefs, 0, "AdvertiseRoutes", r->text) && opt.advertise)
+			return fail("%s is not advertised yet: the agent will see to it", r->text), HINT;
+		if (!local_has(prefs, 0, "AdvertiseRoutes", r->text))
+			return fail("%s is not advertised by tailscaled here: --advertise does that, or "
+				    "tailscale set --advertise-routes=", r->text), MEND;
+		if (!json_eq(status, json_get(status, 0, "BackendState"), "Running"))
+			return fail("%s is, but tailscaled is not connected: tailscale up", r->text), MEND;
+		if (!local_has(status, self, "AllowedIPs", r->text))
+			return fail("%s is, but not approved, or another router has it: see the admin "
+				    "console, or headscale nodes list-routes", r->text), HINT;
+	}
+	fail(ranges.len ? "and approved" : "no range is known: the API server shows no ServiceCIDRs");
+	return ranges.len ? GOOD : UNSEEN;
+}
+
+/* Which is good for the same cluster, and bad for another with the same range. */
+static enum verdict check_routers(int what)
+{
+	const struct json *j = local_look("status");
+	int peers = j ? json_get(j, 0, "Peer") : -1;
+	struct buf ranges = { 0 }, name = { 0 };
+
+	(void)what;
+	if (!j)
+		return UNSEEN;
+	ranges = check_ranges();
+	ROUTES_EACH (r, &ranges)
+		for (int i = json_first(j, peers); i >= 0; i = json_next(j, peers, i)) {
+			if (!local_has(j, i + 1, "AllowedIPs", r->text) &&
+			    !local_has(j, i + 1, "PrimaryRoutes", r->text))
+				continue;
+			json_str(j, json_get(j, i + 1, "HostName"), &name);
+			fail("%s has %s too: if that is another cluster, give this one a range of "
+			     "its own by --map", name.at, r->text);
+			return HINT;
+		}
+	return fail("none with these ranges"), GOOD;
+}
+
+static enum verdict check_masquerade(int what)
+{
+	const struct json *prefs = local_look("prefs");
+
+	(void)what;
+	if (!prefs)
+		return UNSEEN;
+	if (json_is_word(prefs, json_get(prefs, 0, "NoSNAT"), "true"))
+		fail("tailscaled does none: pods on this node see clients' own addresses");
+	else
+		fail("by tailscaled: pods see this node's address; tailscale set "
+		     "--snat-subnet-routes=false shows them the clients'");
+	return GOOD;
+}
+
 static const struct {
 	const char *name;
 	enum verdict (*look)(int what);
@@ -6967,6 +7582,9 @@ static const struct {
 	{ "watch nodes", check_resource, NODES | LOOK_WATCH },
 	{ "list nodes", check_resource, NODES },
 	{ "own node", check_node, 0 },
+	{ "service CIDR advertised", check_advertised, 0 },
+	{ "second router", check_routers, 0 },
+	{ "masquerade", check_masquerade, 0 },
 };
 
 /* A line for each; 1 if something must be fixed. */
@@ -6980,7 +7598,7 @@ static int cmd_check(void)
 	for (size_t i = 0; i < ARRAY_SIZE(checks); i++) {
 		enum verdict v = checks[i].look(checks[i].what);
 
-		printf("%-5s %-21s %s\n", verdict_words[v], checks[i].name, why);
+		printf("%-5s %-23s %s\n", verdict_words[v], checks[i].name, why);
 		fflush(stdout);
 		mend += v == MEND;
 	}
@@ -7269,7 +7887,6 @@ static int options_read(int argc, char **argv, int (**command)(void))
 static int options_unbuilt(void)
 {
 	const char *word = opt.fast ? "--fast" :
-		opt.advertise	    ? "--advertise" :
 		opt.metrics	    ? "--metrics" :
 				      NULL;
 

@@ -14,9 +14,9 @@
 
 #include <linux/types.h>
 
-#define TL_MAX_SERVICES (1 << 18) /* frontends; memory is taken as they come */
-#define TL_MAX_CHUNKS	(1 << 18)
-#define TL_MAX_TEXTS	(1 << 18)
+#define TL_MAX_SERVICES (1 << 17) /* frontends; an empty map takes 16 bytes for each, elements as they come */
+#define TL_MAX_CHUNKS	(1 << 17)
+#define TL_MAX_TEXTS	(1 << 17)
 #define TL_MAX_NETS	(1 << 16)
 #define TL_CHUNK	16   /* backends in one value of set_map */
 #define TL_MAX_BACKENDS 4096 /* of one service port: what a new flow may look through */
@@ -27,7 +27,7 @@
 #define TL_EXTENSIONS	6   /* IPv6 extension headers we look behind */
 #define TL_PORT_TRIES	16  /* source ports tried for a flow whose own is taken */
 #define TL_MAX_REASONS	64
-#define TL_ANSWERS	1000  /* a second and CPU: resets, unreachables, pings; as net.ipv4.icmp_msgs_per_sec */
+#define TL_ANSWERS	1000  /* a second and CPU: what we send ourselves; net.ipv4.icmp_msgs_per_sec */
 #define TL_QUOTE	256   /* bytes of a refused packet that its ICMP error quotes */
 #define TL_OPTIONS	8     /* TCP options of a SYN looked through for its MSS */
 #define TL_SNAT_LEAST	61000 /* and up to 65535: above the usual ip_local_port_range */
@@ -201,37 +201,51 @@ struct tl_agent {
  * (per CPU, by the enum's number), what is done with the packet, and the words in
  * --status. New ones go to the end: numbers outlive versions. The flow_ ones,
  * port_changed, mss_clamped and unanswered count beside a packet's own reason. */
-#define TL_REASONS(X)                                                                       \
-	X(REQUEST_SENT, "request", PASS, "requests sent on to a backend")                        \
-	X(REPLY_SENT, "reply", PASS, "replies sent back to the client")                          \
-	X(NOT_IP, "not_ip", PASS, "passed: neither IPv4 nor IPv6, or of a VLAN, or to another host")                          \
-	X(MALFORMED, "malformed", PASS, "passed: header cut short or impossible")           \
-	X(NOT_SERVED, "not_served", PASS, "passed: not for a service")                      \
-	X(NO_FLOW, "no_flow", PASS, "passed on the way out: no reply of a flow")            \
-	X(BAD_HEADER, "bad_header", DROP, "dropped: for a service, with headers nobody can follow") \
-	X(PROTOCOL, "protocol", DROP, "dropped: for a service, neither TCP, UDP nor SCTP")  \
-	X(NO_BACKEND, "no_backend", REFUSE, "rejected: the service has no backend")           \
-	X(NO_LOCAL_BACKEND, "no_local_backend", DROP, "dropped: policy Local, backends on other nodes only") \
-	X(NO_PORT, "no_port", REFUSE, "rejected: the service has no such port")               \
-	X(NO_SERVICE, "no_service", DROP, "dropped: in the service range, no service's address") \
-	X(SOURCE, "source", DROP, "dropped: not from the service's loadBalancerSourceRanges") \
-	X(FRAGMENT, "fragment", DROP, "dropped: a fragment whose first part was not seen")  \
-	X(BACKENDS_MOVED, "backends_moved", DROP, "dropped: the backends were replaced while they were looked at") \
-	X(NO_SOURCE_PORT, "no_source_port", DROP, "dropped: client port in use towards this backend, no other was free") \
-	X(FLOW_TABLE, "flow_table", DROP, "dropped: ct_map did not take the flow")          \
-	X(STALE_REPLY, "stale_reply", DROP, "dropped: a reply of a backend its client no longer talks to") \
-	X(WRITE, "write", DROP, "dropped: the packet could not be rewritten")               \
-	X(FLOW_NEW, "flow_new", PASS, "flows begun")                                        \
-	X(FLOW_HEALED, "flow_healed", PASS, "flows whose other half had to be restored")    \
-	X(PORT_CHANGED, "port_changed", PASS, "flows that needed another source port")      \
-	X(PING, "ping", ECHO, "answered: pings of a service's address")                     \
-	X(UNANSWERED, "unanswered", DROP, "refused without telling the client: too many, or not possible") \
-	X(ICMP_ERROR, "icmp_error", PASS, "ICMP errors sent along the flow they are about")  \
-	X(ICMP_STRAY, "icmp_stray", DROP, "dropped: an ICMP error to a service, about no flow") \
-	X(MSS_CLAMPED, "mss_clamped", PASS, "SYNs whose MSS was more than fits through the tunnel") \
-	X(SNAT_OUT, "snat_out", PASS, "requests that left with this node's address")         \
-	X(SNAT_BACK, "snat_back", PASS, "replies to this node's address, given the client's") \
-	X(SNAT_PORTS, "snat_ports", DROP, "dropped: no free source port of this node towards the backend")
+#define TL_REASONS(X)                                                                           \
+	X(REQUEST_SENT, "request", PASS, "requests sent on to a backend")                       \
+	X(REPLY_SENT, "reply", PASS, "replies sent back to the client")                         \
+	X(NOT_IP, "not_ip", PASS,                                                               \
+	  "passed: neither IPv4 nor IPv6, or of a VLAN, or to another host")                    \
+	X(MALFORMED, "malformed", PASS, "passed: header cut short or impossible")               \
+	X(NOT_SERVED, "not_served", PASS, "passed: not for a service")                          \
+	X(NO_FLOW, "no_flow", PASS, "passed: no packet of a flow")                \
+	X(BAD_HEADER, "bad_header", DROP,                                                       \
+	  "dropped: for a service, with headers nobody can follow")                             \
+	X(PROTOCOL, "protocol", DROP, "dropped: for a service, neither TCP, UDP nor SCTP")      \
+	X(NO_BACKEND, "no_backend", REFUSE, "rejected: the service has no backend")             \
+	X(NO_LOCAL_BACKEND, "no_local_backend", DROP,                                           \
+	  "dropped: policy Local, backends on other nodes only")                                \
+	X(NO_PORT, "no_port", REFUSE, "rejected: the service has no such port")                 \
+	X(NO_SERVICE, "no_service", DROP,                                                       \
+	  "dropped: in the service range, no service's address")                                \
+	X(SOURCE, "source", DROP,                                                               \
+	  "dropped: not from the service's loadBalancerSourceRanges")                           \
+	X(FRAGMENT, "fragment", DROP, "dropped: a fragment whose first part was not seen")      \
+	X(BACKENDS_MOVED, "backends_moved", DROP,                                               \
+	  "dropped: the backends were replaced while they were looked at")                      \
+	X(NO_SOURCE_PORT, "no_source_port", DROP,                                               \
+	  "dropped: client port in use towards this backend, no other was free")                \
+	X(FLOW_TABLE, "flow_table", DROP, "dropped: ct_map did not take the flow")              \
+	X(STALE_REPLY, "stale_reply", DROP,                                                     \
+	  "dropped: a reply of a backend its client no longer talks to")                        \
+	X(WRITE, "write", DROP, "dropped: the packet could not be rewritten")                   \
+	X(FLOW_NEW, "flow_new", PASS, "flows begun")                                            \
+	X(FLOW_HEALED, "flow_healed", PASS, "flows whose other half had to be restored")        \
+	X(PORT_CHANGED, "port_changed", PASS, "flows that needed another source port")          \
+	X(PING, "ping", ECHO, "answered: pings of a service's address")                         \
+	X(UNANSWERED, "unanswered", DROP,                                                       \
+	  "refused without telling the client: too many, or not possible")                      \
+	X(ICMP_ERROR, "icmp_error", PASS,                                                       \
+	  "ICMP errors sent along the flow they are about")                                     \
+	X(ICMP_STRAY, "icmp_stray", DROP,                                                       \
+	  "dropped: an ICMP error to a service, about no flow")                                 \
+	X(MSS_CLAMPED, "mss_clamped", PASS,                                                     \
+	  "SYNs whose MSS was more than fits through the tunnel")                               \
+	X(SNAT_OUT, "snat_out", PASS, "requests that left with this node's address")            \
+	X(SNAT_BACK, "snat_back", PASS,                                                         \
+	  "replies to this node's address, given the client's")                                 \
+	X(SNAT_PORTS, "snat_ports", DROP,                                                       \
+	  "dropped: no free source port of this node towards the backend")
 
 #define TL_ENUM(name, key, verdict, text) TL_##name,
 enum tl_reason { TL_REASONS(TL_ENUM) TL_N_REASONS };

@@ -733,6 +733,75 @@ static void test_from_again(void)
 	empty(&m);
 }
 
+/* --advertise: what tailscaled has, what is ours of it, what is wanted; the list it is told. */
+static void test_routes(void)
+{
+	static const struct {
+		const char *name, *has, *ours, *want, *told; /* NULL: nothing */
+		bool sure;
+	} rows[] = {
+		{ "none", "null", "", "", NULL, true },
+		{ "first", "null", "", "10.43.0.0/16", "[\"10.43.0.0/16\"]", true },
+		{ "behind_others", "[\"192.168.0.0/16\",\"::/0\"]", "", "10.43.0.0/16 fd43::/112",
+		  "[\"192.168.0.0/16\",\"::/0\",\"10.43.0.0/16\",\"fd43::/112\"]", true },
+		{ "there", "[\"10.43.0.0/16\"]", "", "10.43.0.0/16", NULL, true },
+		{ "there_in_part", "[\"fd43::/112\"]", "", "10.43.0.0/16 fd43::/112",
+		  "[\"fd43::/112\",\"10.43.0.0/16\"]", true },
+		{ "a_longer_one_is_another", "[\"110.43.0.0/16\",\"10.43.0.0/160\"]", "", "10.43.0.0/16",
+		  "[\"110.43.0.0/16\",\"10.43.0.0/160\",\"10.43.0.0/16\"]", true },
+		{ "host_bits", "[\"10.43.0.0/16\"]", "", "10.43.9.9/16", NULL, true },
+		{ "twice", "[]", "", "10.43.0.0/16 10.43.0.0/16", "[\"10.43.0.0/16\"]", true },
+		{ "ours_goes", "[\"1.0.0.0/8\",\"10.43.0.0/16\",\"2.0.0.0/8\"]", "route_10-43-0-0_16", "",
+		  "[\"1.0.0.0/8\",\"2.0.0.0/8\"]", true },
+		{ "ours_stays_if_not_sure", "[\"10.43.0.0/16\"]", "route_10-43-0-0_16", "", NULL, false },
+		{ "others_stay", "[\"10.43.0.0/16\"]", "route_10-44-0-0_16", "", NULL, true },
+		{ "ours_goes_to_no_route", "[\"fd43::/112\"]", "route_fd43::_112", "", "[]", true },
+		{ "ours_goes_to_no_list", "[\"fd43::/112\"]", "route_fd43::_112 routes_null", "", "null", true },
+		{ "null_and_others", "[\"fd43::/112\",\"1.0.0.0/8\"]", "route_fd43::_112 routes_null", "",
+		  "[\"1.0.0.0/8\"]", true },
+		{ "one_for_another", "[\"10.43.0.0/16\"]", "route_10-43-0-0_16", "10.44.0.0/16",
+		  "[\"10.44.0.0/16\"]", true },
+		{ "odd_neighbours", "[\"\",\"a\\\"b\",\"%s\"]", "", "::/0",
+		  "[\"\",\"a\\\"b\",\"%s\",\"::/0\"]", true },
+	};
+	char dir[] = "/tmp/unit_data.XXXXXX";
+
+	opt.pin_dir = mkdtemp(dir);
+	for (size_t i = 0; i < ARRAY_SIZE(rows); i++) {
+		struct buf ranges = { 0 }, want, text = { 0 }, told = { 0 };
+		struct json j = { 0 };
+		struct routes r;
+		char words[128], *save;
+		struct cidr c;
+
+		snprintf(words, sizeof(words), "%s", rows[i].ours);
+		for (char *w = strtok_r(words, " ", &save); w; w = strtok_r(NULL, " ", &save))
+			close(creat(pin_path(w, 0), 0600));
+		snprintf(words, sizeof(words), "%s", rows[i].want);
+		for (char *w = strtok_r(words, " ", &save); w; w = strtok_r(NULL, " ", &save)) {
+			cidr_parse(w, strlen(w), &c);
+			buf_add(&ranges, &c, sizeof(c));
+		}
+		want = routes_of(ranges);
+		buf_printf(&text, "{\"AdvertiseRoutes\":%s}", rows[i].has);
+		json_parse(&j, text.at, text.len);
+		r = routes_edit(&j, 0, &want, rows[i].sure);
+		if (rows[i].told)
+			buf_printf(&told, EDIT_ROUTES "%s}", rows[i].told);
+		check(!r.edit.len == !told.len && (!told.len || !strcmp(r.edit.at, told.at)), "routes",
+		      "%s: %s", rows[i].name, r.edit.len ? r.edit.at : "nothing");
+		snprintf(words, sizeof(words), "%s", rows[i].ours);
+		for (char *w = strtok_r(words, " ", &save); w; w = strtok_r(NULL, " ", &save))
+			unpin(w, 0);
+		routes_free(&r);
+		buf_free(&want);
+		buf_free(&text);
+		buf_free(&told);
+		free(j.tok);
+	}
+	rmdir(dir);
+}
+
 int main(void)
 {
 	loud = -1;
@@ -748,6 +817,7 @@ int main(void)
 	test_reserved_later();
 	test_ranges();
 	test_from_again();
+	test_routes();
 	printf("%d passed, %d failed\n", n_passed, n_failed);
 	return n_failed > 0;
 }

@@ -5,11 +5,12 @@
  *   prog_run [-q] LIFTER PIN_DIR <VECTORS
  *
  * It makes a network namespace with a TUN (vpn3) and an Ethernet link (vpn2, address
- * 02:00:00:00:00:02), lets
- * LIFTER fill the maps and attach, finds the programs by what LIFTER pinned, and does
- * what the vectors say, a line each:
+ * 02:00:00:00:00:02), and two of the same kinds towards pods: pods3 has 10.42.0.1/24 and
+ * fd42::1/64, pods2 has 10.42.1.1/24 and fd42:0:0:1::1/64. It lets LIFTER fill the maps and
+ * attach, finds the programs by what LIFTER pinned, and does what the vectors say, a line
+ * each:
  *
- *   agent FILE [NODE]                         run LIFTER --once --from FILE --node NODE
+ *   agent FILE [NODE [SNAT]]                  run LIFTER --once --from FILE --node NODE --snat SNAT
  *   live FILE                                 LIFTER stays: started with FILE, or told of it by
  *                                             SIGHUP; until the next `agent`
  *   row NAME DOOR VERDICT COUNTERS IN OUT     one frame; what must come of it
@@ -19,15 +20,17 @@
  *   age MAP KEY SECONDS                       last used that long ago (ct, aff)
  *   clear                                     no flows, fragments, affinities
  *
- * DOOR is from (ingress) or to (egress), 2 (Ethernet) or 3 (bare IP), and c if the
- * frame has a checksum over all of it in its skb (CHECKSUM_COMPLETE), which must be
- * right afterwards too; kernels before 6.15 cannot say and run it without. COUNTERS are
- * names of TL_REASONS with commas, each goes up by one and no other. Frames, keys and
- * values are hexadecimal; OUT is = for an unchanged frame, - where nobody looks.
- * VERDICT is a number of linux/pkt_cls.h. # begins a comment.
+ * DOOR is from (ingress) or to (egress) of the VPN's links, or back (ingress) or out (egress)
+ * of those towards pods, which only SNAT has; 2 (Ethernet) or 3 (bare IP); and c if the frame
+ * has a checksum over all of it in its skb (CHECKSUM_COMPLETE), which must be right afterwards
+ * too; kernels before 6.15 cannot say and run it without. COUNTERS are names of TL_REASONS
+ * with commas, each goes up by one and no other. Frames, keys and values are hexadecimal; OUT
+ * is = for an unchanged frame, - where nobody looks. VERDICT is a number of linux/pkt_cls.h.
+ * # begins a comment.
  *
  * Bad input: one reason, the verdict that it has, and nothing written unless the reason
- * is request, reply or icmp_error, and then as long as before; or an answer was sent instead.
+ * is request, reply, snat_out, snat_back or icmp_error, and then as long as before; or an
+ * answer was sent instead.
  *
  * Prints for each row, any and has: LINE ok|FAIL|refused NAME VERDICT COUNTERS OUT, with
  * -q only failures; `refused` is a frame too short for the kernel to test. At last
@@ -35,6 +38,7 @@
  * kernel, /sys and LIFTER, so it also runs in a virtual machine.
  */
 #define _GNU_SOURCE
+#include <arpa/inet.h>
 #include <err.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -75,8 +79,10 @@ static const struct {
 
 static const char *lifter, *pin_dir;
 static bool quiet;
-static int door[2][2]; /* programs by direction (from, to) and link (3, 2) */
-static int link_index[2];
+static const char *const door_word[] = { "from", "to", "back", "out" };
+static const char *const link_name[2][2] = { { "vpn3", "vpn2" }, { "pods3", "pods2" } };
+static int door[4][2]; /* programs by door_word and link (3, 2); 0: not open */
+static int link_index[2][2]; /* as link_name */
 static int line, n_passed, n_failed;
 
 /* === maps ================================================================= */
@@ -179,6 +185,7 @@ static void counters_read(__u64 sum[TL_N_REASONS])
 }
 
 /* === the agent and its doors ============================================== */
+/* A TUN or TAP that is there as long as we are. */
 static int link_make(const char *name, int kind)
 {
 	struct ifreq ifr = { .ifr_flags = kind | IFF_NO_PI };
@@ -196,11 +203,39 @@ static int link_make(const char *name, int kind)
 	return if_nametoindex(name);
 }
 
-static pid_t start_lifter(const char *command, const char *from, const char *node)
+/* Up, with addresses and so routes. Without ARP and multicast, nothing is sent that would
+ * be counted. */
+static void link_address(const char *name, const char *v4, const char *v6)
+{
+	struct ifreq ifr = { .ifr_flags = IFF_UP | IFF_NOARP };
+	struct sockaddr_in in = { .sin_family = AF_INET };
+	struct { /* in6_ifreq, but linux/ipv6.h does not go together with musl's headers */
+		struct in6_addr addr;
+		__u32 prefix;
+		int ifindex;
+	} in6 = { .prefix = 64, .ifindex = if_nametoindex(name) };
+	int s4 = socket(AF_INET, SOCK_DGRAM, 0), s6 = socket(AF_INET6, SOCK_DGRAM, 0), e;
+
+	snprintf(ifr.ifr_name, sizeof(ifr.ifr_name), "%s", name);
+	inet_pton(AF_INET6, v6, &in6.addr);
+	e = ioctl(s4, SIOCSIFFLAGS, &ifr);
+	inet_pton(AF_INET, v4, &in.sin_addr);
+	memcpy(&ifr.ifr_addr, &in, sizeof(in));
+	e = e || ioctl(s4, SIOCSIFADDR, &ifr);
+	inet_pton(AF_INET, "255.255.255.0", &in.sin_addr);
+	memcpy(&ifr.ifr_netmask, &in, sizeof(in));
+	if (e || ioctl(s4, SIOCSIFNETMASK, &ifr) || ioctl(s6, SIOCSIFADDR, &in6))
+		err(2, "addresses of %s", name);
+	close(s4);
+	close(s6);
+}
+
+static pid_t start_lifter(const char *command, const char *from, const char *node, const char *snat)
 {
 	char *argv[] = { (char *)lifter, "-q", "--pin-dir", (char *)pin_dir, "--iface", "vpn2,vpn3",
-			 "--node", (char *)node, from ? "--from" : (char *)command,
-			 from ? (char *)from : NULL, (char *)command, NULL };
+			 "--node", (char *)node, "--snat", (char *)snat,
+			 from ? "--from" : (char *)command, from ? (char *)from : NULL,
+			 (char *)command, NULL };
 	pid_t pid = fork();
 
 	if (!pid) {
@@ -212,9 +247,9 @@ static pid_t start_lifter(const char *command, const char *from, const char *nod
 	return pid;
 }
 
-static int run_lifter(const char *command, const char *from, const char *node)
+static int run_lifter(const char *command, const char *from, const char *node, const char *snat)
 {
-	pid_t pid = start_lifter(command, from, node);
+	pid_t pid = start_lifter(command, from, node, snat);
 	int status;
 
 	return pid > 0 && waitpid(pid, &status, 0) == pid && WIFEXITED(status) ?
@@ -243,16 +278,16 @@ static int door_open(const char *word, int ifindex)
 }
 
 /* After an agent has started: its programs and maps. */
-static void open_all(void)
+static void open_all(bool snat)
 {
-	static const char *const word[2] = { "from", "to" };
-
 	counters_known = false;
-	for (int dir = 0; dir < 2; dir++)
+	for (int i = 0; i < 4; i++)
 		for (int l2 = 0; l2 < 2; l2++) {
-			if (door[dir][l2])
-				close(door[dir][l2]);
-			door[dir][l2] = door_open(word[dir], link_index[l2]);
+			if (door[i][l2])
+				close(door[i][l2]);
+			door[i][l2] = 0;
+			if (i < 2 || snat)
+				door[i][l2] = door_open(door_word[i % 2], link_index[i / 2][l2]);
 		}
 	for (int i = 0; i < N_MAPS; i++) {
 		if (map_fd[i])
@@ -272,12 +307,12 @@ static void live_end(void)
 	living = 0;
 }
 
-static int agent(const char *file, const char *node)
+static int agent(const char *file, const char *node, const char *snat)
 {
 	live_end();
-	if (run_lifter("--once", file, *node ? node : "node"))
+	if (run_lifter("--once", file, *node ? node : "node", *snat ? snat : "off"))
 		return -1;
-	open_all();
+	open_all(*snat);
 	return 0;
 }
 
@@ -314,7 +349,7 @@ static int live(const char *file)
 	if (symlink(file, "live.json"))
 		err(2, "live.json");
 	if (first)
-		living = start_lifter(NULL, "live.json", "node");
+		living = start_lifter(NULL, "live.json", "node", "off");
 	else
 		while ((__u64)time(NULL) <= since)
 			usleep(10000);
@@ -323,7 +358,7 @@ static int live(const char *file)
 	if (live_synced(first ? since - 1 : since))
 		return -1;
 	if (first)
-		open_all();
+		open_all(false);
 	return 0;
 }
 
@@ -363,12 +398,24 @@ static bool is_event(int reason)
 		reason == TL_UNANSWERED || reason == TL_MSS_CLAMPED;
 }
 
+/* The number of that door's word, with what stands behind it. */
+static int door_named(const char *where, const char **behind)
+{
+	for (int i = 0; i < 4; i++) {
+		*behind = where + strlen(door_word[i]);
+		if (!strncmp(where, door_word[i], strlen(door_word[i])) && door[i][**behind == '2'])
+			return i;
+	}
+	errx(2, "line %d: no door %s", line, where);
+}
+
 static void run_frame(const char *where, const unsigned char *in, int len, struct result *r)
 {
-	bool to = !strncmp(where, "to", 2), l2 = where[to ? 2 : 4] == '2',
-	     complete = where[to ? 3 : 5] == 'c';
+	const char *behind;
+	int word = door_named(where, &behind);
+	bool l2 = behind[0] == '2', complete = behind[1] == 'c';
 	struct __sk_buff skb = {
-		.ifindex = link_index[l2]
+		.ifindex = link_index[word / 2][l2]
 	}; /* so that it is for this host, by its address */
 	LIBBPF_OPTS(bpf_test_run_opts, o, .data_in = in, .data_size_in = len, .data_out = r->out,
 		    .data_size_out = MAX_FRAME, .repeat = 1, .ctx_in = &skb,
@@ -384,12 +431,12 @@ static void run_frame(const char *where, const unsigned char *in, int len, struc
 	r->counters[0] = 0;
 	if (!counters_known)
 		counters_read(after);
-	counters_known = true; /* nobody else is here: the links are down */
+	counters_known = true; /* nobody else is here: the VPN's links are down, the others silent */
 	memcpy(before, after, sizeof(before));
-	e = bpf_prog_test_run_opts(door[to][l2], &o);
+	e = bpf_prog_test_run_opts(door[word][l2], &o);
 	if (e == -EINVAL && o.flags) {
 		o.flags = 0;
-		e = bpf_prog_test_run_opts(door[to][l2], &o);
+		e = bpf_prog_test_run_opts(door[word][l2], &o);
 	}
 	counters_read(after);
 	r->refused = e == -EINVAL;
@@ -480,6 +527,7 @@ static bool suits(const struct result *r, int len, bool same)
 	case PASS:
 		return r->verdict == TC_ACT_UNSPEC && r->len == len &&
 			(same || r->reason == TL_REQUEST_SENT || r->reason == TL_REPLY_SENT ||
+			 r->reason == TL_SNAT_OUT || r->reason == TL_SNAT_BACK ||
 			 r->reason == TL_ICMP_ERROR);
 	case DROP:
 		return r->verdict == TC_ACT_SHOT && same;
@@ -550,8 +598,10 @@ static void do_line(char *text)
 		row(arg);
 	else if (!strcmp(word, "any") && n >= 2)
 		any((char *[]){ arg[0], arg[1], n == 3 ? arg[2] : "" });
-	else if (!strcmp(word, "agent") && (n == 1 || n == 2))
-		say("agent", agent(arg[0], n == 2 ? arg[1] : "") ? "FAIL" : "ok", NULL, true);
+	else if (!strcmp(word, "agent") && n >= 1 && n <= 3)
+		say("agent",
+		    agent(arg[0], n > 1 ? arg[1] : "", n > 2 ? arg[2] : "") ? "FAIL" : "ok", NULL,
+		    true);
 	else if (!strcmp(word, "live") && n == 1)
 		say("live", live(arg[0]) ? "FAIL" : "ok", NULL, true);
 	else if (!strcmp(word, "clear"))
@@ -572,7 +622,7 @@ static void cleanup(void)
 		me = getpid();
 	} else if (me == getpid()) { /* not in a child that could not exec */
 		live_end();
-		run_lifter("--cleanup", NULL, "node");
+		run_lifter("--cleanup", NULL, "node", "off");
 	}
 }
 
@@ -592,8 +642,11 @@ int main(int argc, char **argv)
 	CPU_ZERO(&one);
 	CPU_SET(0, &one);
 	sched_setaffinity(0, sizeof(one), &one); /* answers are limited per CPU */
-	link_index[0] = link_make("vpn3", IFF_TUN);
-	link_index[1] = link_make("vpn2", IFF_TAP);
+	for (int i = 0; i < 2; i++)
+		for (int l2 = 0; l2 < 2; l2++)
+			link_index[i][l2] = link_make(link_name[i][l2], l2 ? IFF_TAP : IFF_TUN);
+	link_address("pods3", "10.42.0.1", "fd42::1");
+	link_address("pods2", "10.42.1.1", "fd42:0:0:1::1");
 	cleanup(); /* remembers who we are */
 	atexit(cleanup);
 	while (getline(&text, &room, stdin) > 0) {
