@@ -1165,6 +1165,10 @@ __inline_always int open_door(struct __sk_buff *skb, int (*direction)(struct __s
 	reason = direction(skb, p, l3, dir);
 	count(reason);
 	fate = fate_of(reason);
+	/* On a bridge conntrack has seen the packet already (bridge-nf-call-iptables, which
+	 * Kubernetes wants), with our address on it, and would not look again. */
+	if (dir == TL_BACK && l3 && (reason == TL_SNAT_BACK || reason == TL_ICMP_ERROR))
+		return bpf_redirect(skb->ifindex, BPF_F_INGRESS);
 	if (fate == PASS)
 		return TC_ACT_UNSPEC; /* as TCX_NEXT: on to the next program, then the stack */
 	return fate == DROP ? TC_ACT_SHOT : answer(skb, p, fate == ECHO);

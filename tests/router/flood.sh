@@ -3,24 +3,7 @@
 #
 # flood: many more flows than ct_map takes, while conversations go on.
 
-for node in $nodes; do # conntrack would be full first
-	on "$node" nft -f - <<-'E'
-		table inet flood {
-			chain prerouting {
-				type filter hook prerouting priority raw
-				ip saddr 100.80.0.0/16 notrack
-				ip daddr 100.80.0.0/16 notrack
-				ip6 saddr fd80::/64 notrack
-				ip6 daddr fd80::/64 notrack
-			}
-		}
-	E
-done
-ip -n "$(world_ns node1)" tuntap add flood0 mode tun
-ip -n "$(world_ns node1)" link set flood0 up
-route node1 100.80.0.0/16 fd80::/64 dev flood0
-route node2 100.80.0.0/16 fd80::/64 via 192.0.2.1 2001:db8::1 dev lan
-
+flood_way
 asked=(10.43.0.14:80=abcd "fd43::14:80=abcd" 10.43.0.11:80=a "fd43::15:80=c" 10.43.0.23:80=abc "fd43::28:80=abcd")
 
 # flood NAME N RATE SECONDS: so many UDP questions, while conversations go on. Sets what came of it.

@@ -132,7 +132,7 @@ router_up() {
 }
 
 declare -A pod_at=([a]="10.42.0.5 fd42::5 node1" [b]="10.42.0.6 fd42::6 node1" [c]="10.42.1.5 fd42:0:0:1::5 node2"
-	[d]="10.42.1.6 fd42:0:0:1::6 node2" [h]="10.42.9.5 fd42:0:0:9::5 node1")
+	[d]="10.42.1.6 fd42:0:0:1::6 node2" [h]="10.42.9.5 fd42:0:0:9::5 hop")
 
 # slice NAME FAMILY PORT TARGET PODS: its endpoints of that family and target port
 slice() {
@@ -169,4 +169,26 @@ offload() {
 	local host
 	for host in $clients; do on "$host" ethtool -K vpn1 tx "$1" >/dev/null; done
 	on pod-a ethtool -K eth0 tx "$1" >/dev/null
+}
+
+# flood_way: flood0, by which wire.c asks, and who asks there; once
+flood_way() {
+	local node
+	ip -n "$(world_ns node1)" tuntap add flood0 mode tun 2>/dev/null || return 0
+	ip -n "$(world_ns node1)" link set flood0 up
+	route node1 100.80.0.0/16 fd80::/64 dev flood0
+	route node2 100.80.0.0/16 fd80::/64 via 192.0.2.1 2001:db8::1 dev lan
+	for node in $nodes; do # conntrack would be full first
+		on "$node" nft -f - <<-'E'
+			table inet flood {
+				chain prerouting {
+					type filter hook prerouting priority raw
+					ip saddr 100.80.0.0/16 notrack
+					ip daddr 100.80.0.0/16 notrack
+					ip6 saddr fd80::/64 notrack
+					ip6 daddr fd80::/64 notrack
+				}
+			}
+		E
+	done
 }

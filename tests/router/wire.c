@@ -7,16 +7,18 @@
  *                                   checksums anew: IPv4 header, TCP, UDP, ICMP, ICMPv6, what
  *                                   ICMP errors quote, fragments when they are whole. Says
  *                                   what is wrong; at SIGTERM a line that counts. FROM is the
- *                                   beginning of an address ("10.42." or "fd42:"): what comes
- *                                   "?" at its end: nothing with this address may come.
- *   wire flood NETNS N RATE SECONDS ADDRESS:PORT=PODS...
+ *                                   beginning of an address ("10.42.", "fd42:"): what comes in
+ *                                   from there is a stray, and counted
+ *   wire flood NETNS N RATE SECONDS ADDRESS:PORT=PODS[@SEEN]...
  *                                   N UDP questions to these services in turn, each from an
  *                                   address and a port of its own, through the TUN flood0 of
  *                                   NETNS, whose other end this is, at most RATE in a second, in
  *                                   no more than SECONDS. Is each answer one of these pods' (the
  *                                   letters of their names), to whoever asked, from who was asked,
- *                                   and right in every sum? Bare are those that come from the
- *                                   pod's own address, because the flow was gone already.
+ *                                   and right in every sum? Does the pod see who asked, or, with
+ *                                   source NAT, SEEN at a port of 61000 to 65535 that nobody else
+ *                                   has? Bare are those that come from the pod's own address,
+ *                                   because the flow was gone already
  *   wire forget MAP                 empties a pinned map
  *
  * Nothing of it is shared with tail_lifter: sums are computed plainly over all bytes.
@@ -431,7 +433,8 @@ struct service {
 	uint8_t addr[16];
 	uint32_t alen;
 	uint16_t port;
-	const char *pods;
+	const char *pods, *seen;
+	bool taken[65536]; /* ports by which `seen` was seen */
 };
 
 #define WINDOW 64 /* questions at most without an answer */
@@ -492,19 +495,17 @@ static uint32_t question(uint8_t *p, const struct service *to, uint32_t i)
 }
 
 /* What is wrong with an answer, "" if it is bare; *i is which question it answers. */
-static const char *check_answer(const uint8_t *p, uint32_t len, const struct service *services, int n_services, uint32_t *i)
+static const char *check_answer(const uint8_t *p, uint32_t len, struct service *services, int n_services, uint32_t *i)
 {
 	struct ip ip = { .at = p, .n = len };
 	const char *wrong = check_ip(&ip);
-	const struct service *of;
+	struct service *of;
 	char text[512], who[128], letter;
 	uint8_t addr[16];
 	uint32_t port, seen;
 
 	if (wrong)
 		return wrong;
-	if (ip.proto == ICMP6 && ip.dst[0] == 0xff)
-		return NULL; /* the kernel says hello to flood0 */
 	if (ip.proto != UDP)
 		return "not UDP";
 	len = ip.n_l4 - 8 < sizeof(text) ? ip.n_l4 - 8 : sizeof(text) - 1;
@@ -524,8 +525,13 @@ static const char *check_answer(const uint8_t *p, uint32_t len, const struct ser
 	if (!strchr(of->pods, letter))
 		return "an answer of another service's pod";
 	inet_ntop(ip.alen == 4 ? AF_INET : AF_INET6, addr, text, sizeof(text));
-	if (strcmp(text, who) || seen != port)
-		return "an answer to who was not asked by us";
+	if (!of->seen)
+		return strcmp(text, who) || seen != port ? "the pod saw another" : NULL;
+	if (strcmp(of->seen, who) || seen < 61000 || seen > 65535)
+		return "the pod saw another than the node";
+	if (of->taken[seen])
+		return "a port in use was used again";
+	of->taken[seen] = true;
 	return NULL;
 }
 
@@ -545,7 +551,7 @@ static int flood(int argc, char **arg)
 {
 	uint32_t total = atoi(arg[1]), sent = 0, n_open = 0, answered = 0, wrong = 0, bare = 0, i = 0;
 	double begin, end, quiet, rate = atof(arg[2]);
-	struct service services[16];
+	static struct service services[16];
 	uint8_t p[4096];
 	int fd, n_services = argc - 4;
 	ssize_t len;
@@ -559,7 +565,8 @@ static int flood(int argc, char **arg)
 		*pods = 0;
 		port = strrchr(arg[4 + k], ':');
 		*port = 0;
-		s->pods = pods + 1;
+		s->pods = strtok(pods + 1, "@");
+		s->seen = strtok(NULL, "@");
 		s->port = atoi(port + 1);
 		s->alen = strchr(arg[4 + k], ':') ? 16 : 4;
 		if (inet_pton(s->alen == 4 ? AF_INET : AF_INET6, arg[4 + k], s->addr) != 1)
@@ -579,8 +586,11 @@ static int flood(int argc, char **arg)
 		if (poll(&poll_in, 1, n_open ? 50 : 1) == 0)
 			n_open = sent < total ? 0 : n_open; /* those were lost on the way */
 		while ((len = read(fd, p, sizeof(p))) > 0) {
-			const char *what = check_answer(p, len, services, n_services, &i);
+			const char *what;
 
+			if (p[0] >> 4 == 6 && p[24] == 0xff)
+				continue; /* multicast: the kernel says hello to flood0 */
+			what = check_answer(p, len, services, n_services, &i);
 			quiet = now();
 			answered++;
 			n_open -= n_open > 0;
@@ -626,6 +636,6 @@ int main(int argc, char **argv)
 		return flood(argc - 2, argv + 2);
 	if (argc == 3 && !strcmp(argv[1], "forget"))
 		return forget(argv[2]);
-	fprintf(stderr, "usage: wire check NETNS[,FROM...]... | wire flood NETNS N RATE SECONDS ADDRESS:PORT=PODS... | wire forget MAP\n");
+	fprintf(stderr, "usage: wire check NETNS[,FROM...]... | wire flood NETNS N RATE SECONDS ADDRESS:PORT=PODS[@SEEN]... | wire forget MAP\n");
 	return 2;
 }

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: MIT
+# shellcheck shell=bash
+#
+# snat: node2 has its own VPN and answers the clients by it. Without source NAT what pods of
+# node2 answer goes the wrong way; with it, it comes back by node1, and conntrack in between
+# sees the client.
+
+# Everybody's own way to the clients; and node2 does not mind what comes by node1.
+for n in 1 2; do
+	route "node$n" 100.64.0.0/24 fd7a::/64 dev tailscale0
+	route "node$n" 100.99.0.0/24 fd99::/64 dev vpn0
+done
+loose() { # 0|1: loose or strict about the way by which packets come
+	on node2 sysctl -qw net.ipv4.conf.all.rp_filter="$1" net.ipv4.conf.lan.rp_filter="$1"
+	on node2 nft flush chain ip6 strict prerouting
+}
+loose 0
+
+watch
+for way in $ways; do
+	host=${way%:*} family=${way#*:}
+	check "$(link "$host"), IPv$family: without source NAT nothing comes of it" same \
+		"$(PATIENCE=0.3 talk "$host" ask udp "$(vip "$family" 15)" 80)" "timed out"
+done
+kill "$watcher"
+wait "$watcher" || true
+check "without source NAT: answers come the wrong way, bare" grep -E '^packets .* strays [1-9]' "$world_dir/wire"
+
+# Whom a pod sees of a client; of another node's only our address and a port of ours
+node_at() { # FAMILY POD
+	case $1$2 in 4a) echo 10.42.0.1 ;; 6a) echo fd42::1 ;; 4c) echo 192.0.2.1 ;; 6c) echo 2001:db8::1 ;; 4h) echo 10.42.8.1 ;; 6h) echo fd42:0:0:8::1 ;; esac
+}
+# asks HOST KIND FAMILY NUMBER: "POD ADDRESS", and "ours" for a port of ours
+asks() {
+	local pod address port
+	read -r pod address port <<<"$(talk "$1" ask "$2" "$(vip "$3" "$4")" 80)"
+	[[ $port == [0-9]* ]] || port=0
+	echo "$pod $address$( ((port >= 61000)) && echo " ours")"
+}
+in_fragments() {
+	same "$(PATIENCE=0.5 talk "$1" ask udp "$(vip "$2" 15)" 80 3300 | cut -d ' ' -f 1-2)" "pod-c $(node_at "$2" c)"
+}
+trace() { # what could be left behind
+	on node1 tc qdisc show | sort
+	find "$(pins node1)" 2>/dev/null || true
+}
+
+# snat_start auto|on: the agent, at work towards pods too
+snat_start() {
+	agent_start node1 --snat "$1"
+	check "--snat $1: there are doors towards pods" soon 5 doors_are "$([ "$1" = on ] && echo "cni0 ")lan to-hop"
+}
+doors_are() {
+	same "$(lifter node1 --status -o json | jq -r '[.interfaces[].name | select(. != "tailscale0" and . != "vpn0" and . != "flood0")] | sort | join(" ")')" "$1"
+}
+
+lifter node1 --cleanup
+before=$(trace)
+for setting in auto on; do
+	snat_start $setting
+	watch
+	for way in $ways; do
+		host=${way%:*} family=${way#*:} me=$(own "${way%:*}" "${way#*:}")
+		name="--snat $setting, $(link "$host"), IPv$family"
+		for kind in tcp udp; do
+			for row in "a 11" "c 15" "h 12"; do
+				pod=${row% *} seen="$(node_at "$family" "${row% *}") ours"
+				[ $setting$pod != autoa ] || seen=$me
+				check "$name, $kind: pod-$pod" same "$(asks "$host" $kind "$family" "${row#* }")" "pod-$pod $seen"
+			done
+		done
+		check "$name: a datagram in fragments" soon 3 in_fragments "$host" "$family" # once more if a pod learns the MTU by it
+	done
+	watched "snat $setting" unsure
+	lifter node1 --cleanup
+	check "--snat $setting: --cleanup leaves nothing" same "$(trace)" "$before"
+done
+
+### errors along such a flow
+
+snat_start auto
+offload off
+watch
+on pod-c ethtool -K eth0 tx off >/dev/null
+for way in $ways; do
+	host=${way%:*} family=${way#*:} name="--snat auto, $(link "${way%:*}"), IPv${way#*:}"
+	to=$(vip "$family" 12)
+	check "$name: TTL exceeded at a router" same "$(talk "$host" ttl 2 "$to" 80)" "EHOSTUNREACH from $to about $to:80, its own words"
+	to=$(vip "$family" 20)
+	check "$name: nobody listens in the pod" same "$(talk "$host" refused "$to" 80)" "ECONNREFUSED from $to about $to:80, its own words"
+	world_run pod-c ./talk.py late 9100 >"$world_dir/late"
+	late=$world_pid
+	soon 5 grep -q ready "$world_dir/late"
+	check "$name: a client that leaves" talk "$host" leave "$(vip "$family" 21)" 80
+	wait $late || true
+	check "$name: its port unreachable reaches the pod" same "$(tail -n 1 "$world_dir/late")" \
+		"ECONNREFUSED from $(node_at "$family" c) about $(node_at "$family" c):PORT, its own words"
+done
+watched "snat errors"
+offload on
+route hop 10.42.9.5 fd42:0:0:9::5 dev cni0 mtu 1300
+for way in $ways; do
+	host=${way%:*} family=${way#*:} to=$(vip "${way#*:}" 12)
+	check "--snat auto, $(link "$host"), IPv$family: UDP learns the MTU" same "$(talk "$host" mtu udp "$to" 80)" \
+		"EMSGSIZE from $to about $to:80, its own words, mtu 1300 1300, as long is answered"
+	on "$host" ip route flush cache
+	on "$host" ip -6 route flush cache
+	check "--snat auto, $(link "$host"), IPv$family: TCP learns the MTU" same "$(talk "$host" mtu tcp "$to" 80 | sed 's/mtu .* then/mtu/')" "pod-h mtu 1300"
+	on "$host" ip route flush cache
+	on "$host" ip -6 route flush cache
+done
+ip -n "$(world_ns hop)" route delete 10.42.9.5
+ip -n "$(world_ns hop)" -6 route delete fd42:0:0:9::5
+
+### nothing is remembered
+
+for way in $ways; do flows_start "${way/:/}" "${way%:*}" 2 "$(vip_port "${way#*:}" 15 80)"; done
+talking=${ways//:/}
+# shellcheck disable=SC2086 # words
+{
+	check "--snat auto: 8 conversations" round $talking
+	agent_stop node1 KILL
+	snat_start auto
+	check "--snat auto: another agent, they go on" round $talking
+	"$WIRE" forget "$(pins node1)/ct_map" >/dev/null
+	check "--snat auto: lost maps, they go on" round $talking
+}
+
+### beside who masquerades already
+
+. ../flannel.sh
+in_ns() { on "$@"; }
+beside() { # SETTING
+	local way host family name row
+	for way in $ways; do
+		host=${way%:*} family=${way#*:} name="--snat on beside $1, $(link "${way%:*}"), IPv${way#*:}"
+		for row in "a 11" "c 15" "h 12"; do
+			check "$name: pod-${row% *}" same "$(talk "$host" ask tcp "$(vip "$family" "${row#* }")" 80 | cut -d ' ' -f 1-2)" \
+				"pod-${row% *} $(node_at "$family" "${row% *}")"
+		done
+	done
+}
+agent_stop node1 TERM
+snat_start on
+watch
+flannel_rules node1 iptables 10.42.0.0/16 10.42.0.0/24 224.0.0.0/4
+flannel_rules node1 ip6tables fd42::/32 fd42::/64 ff00::/8
+out=$(counter node1 snat_out)
+beside flannel
+check "--snat on beside flannel: ours were those to pods of this node, which it leaves alone" test "$(($(counter node1 snat_out) - out))" -gt 0
+for tool in iptables ip6tables; do
+	on node1 $tool -t nat -I POSTROUTING ! -o tailscale0 -j MASQUERADE
+done
+out=$(counter node1 snat_out)
+beside "one who masquerades all"
+check "--snat on beside one who masquerades all: none were ours" same "$(($(counter node1 snat_out) - out))" 0
+watched "snat beside others" unsure
+for family in ip ip6; do
+	for table in filter nat; do on node1 nft delete table $family $table; done
+done
+
+### no port is left
+
+flood_way
+agent_stop node1 TERM
+snat_start auto
+# shellcheck disable=SC2086 # words
+check "ports: 8 conversations" round $talking
+ports=$(counter node1 snat_ports)
+status=0
+"$WIRE" flood "$(world_ns node1)" 12000 1000000 10 10.43.0.15:80=c@192.0.2.1 "fd43::15:80=c@2001:db8::1" >"$world_dir/flood" 2>&1 || status=$?
+refused=$(($(counter node1 snat_ports) - ports))
+read -r _ sent _ answered _ <<<"$(tail -n 1 "$world_dir/flood")"
+echo "router ports: $(tail -n 1 "$world_dir/flood"), refused $refused"
+told() { cat "$world_dir/flood"; [ $status = 0 ]; }
+check "ports: none that is in use is used again" told
+check "ports: most of 2 x 4536 were of use" test "$answered" -gt 8000
+check "ports: whoever got none was counted" same $((sent - answered)) $refused
+# shellcheck disable=SC2086 # words
+check "ports: who had one goes on" round $talking
+for name in $talking; do flows_end "$name"; done
+
+agent_stop node1 TERM
+lifter node1 --cleanup
+agent_start node1
+routes_by 1
+on node2 sysctl -qw net.ipv4.conf.all.rp_filter=1 net.ipv4.conf.lan.rp_filter=1
+on node2 nft add rule ip6 strict prerouting ip6 saddr != fe80::/10 ip6 saddr != :: fib saddr . iif oif missing counter drop
