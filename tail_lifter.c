@@ -1585,7 +1585,7 @@ struct object {
 	struct in6_addr at[];
 };
 
-_Static_assert(sizeof(struct object) - offsetof(struct object, size) == 32, "no gaps");
+_Static_assert(offsetof(struct object, at) - offsetof(struct object, size) == 32, "no gaps");
 
 /* An endpoint in a slice: a byte of conditions, 4 or 16 of address, then texts: its
  * node; with ENDPOINT_HINTS those ("zZONE" or "nNODE"), and an empty one. Of two with

@@ -537,7 +537,7 @@ static bool suits(const struct result *r, int len, bool same)
 {
 	switch (reasons[r->reason].fate) {
 	case PASS:
-		return r->verdict == TC_ACT_UNSPEC && r->len == len &&
+		return (r->verdict == TC_ACT_UNSPEC || (r->verdict == TC_ACT_REDIRECT && !same)) && r->len == len &&
 			(same || r->reason == TL_REQUEST_SENT || r->reason == TL_REPLY_SENT ||
 			 r->reason == TL_SNAT_OUT || r->reason == TL_SNAT_BACK ||
 			 r->reason == TL_ICMP_ERROR);
