@@ -50,7 +50,9 @@ for way in $ways; do
 	on "${way%:*}" timeout 60 ./talk.py stream "$(vip "${way#*:}" 17)" 80 "$world_dir/enough" >"$world_dir/stream-$way" &
 	streams+=($!)
 done
+watch
 flood "a small table" 20480 6000 10
+watched "a small table" unsure strays
 check "a small table: no conversation missed a thing" nobody_lost
 kill $sink
 streams=()
