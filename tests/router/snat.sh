@@ -69,7 +69,9 @@ for setting in auto on; do
 				check "$name, $kind: pod-$pod" same "$(asks "$host" $kind "$family" "${row#* }")" "pod-$pod $seen"
 			done
 		done
-		check "$name: a datagram in fragments" soon 3 in_fragments "$host" "$family" # once more if a pod learns the MTU by it
+		# Not what comes back by IPv6 to a TUN: node2's bridge puts fragments together and cuts
+		# them up anew by its own MTU (bridge-nf-call-ip6tables), whatever the pod has learnt.
+		[ "$way" = client:6 ] || check "$name: a datagram in fragments" soon 3 in_fragments "$host" "$family"
 	done
 	watched "snat $setting" unsure
 	lifter node1 --cleanup

@@ -575,13 +575,14 @@ static int flood(int argc, char **arg)
 	fd = flood_tun(arg[0]);
 	begin = quiet = now();
 	end = begin + atof(arg[3]);
-	while (sent < total || (n_open > 0 && now() - quiet < 0.5)) {
+	while (sent < total || (answered < sent && now() - quiet < 0.5)) {
 		struct pollfd poll_in = { fd, POLLIN, 0 };
 
 		for (; sent < total && n_open < WINDOW && sent < (now() - begin) * rate; sent++, n_open++) {
 			len = question(p, &services[sent % n_services], sent);
 			if (write(fd, p, len) != len)
 				err(1, "flood0");
+			quiet = now();
 		}
 		if (poll(&poll_in, 1, n_open ? 50 : 1) == 0)
 			n_open = sent < total ? 0 : n_open; /* those were lost on the way */
