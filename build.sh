@@ -632,6 +632,9 @@ layer_packet() { /usr/bin/python3 tests/packet/run; }
 layer_netns() {
 	test_program world tests/world.c && LIFTER=$PWD/tail_lifter WORLD=$BUILT tests/netns
 }
+layer_life() {
+	test_program world tests/world.c && LIFTER=$PWD/tail_lifter WORLD=$BUILT tests/life
+}
 layer_real() { tests/real/run; }
 layer_kernels() { tests/kernels/run; }
 
@@ -653,14 +656,14 @@ layer() {
 	step "" "$last, $((SECONDS - start)) s"
 }
 
-verb_test() { # [LAYER...]: unit semantics api packet netns (the default), real, kernels; as root
+verb_test() { # [LAYER...]: unit semantics api packet netns life (the default), real, kernels; as root
 	local words one
 	as_root test
 	PASSED=0 FAILED=0
-	need ip:iproute2 ping:iputils-ping curl:curl ethtool:ethtool sysctl:procps jq:jq tc:iproute2 openssl:openssl setpriv:util-linux \
+	need ip:iproute2 ping:iputils-ping curl:curl ethtool:ethtool sysctl:procps jq:jq tc:iproute2 openssl:openssl setpriv:util-linux strace:strace bpftool:bpftool \
 		/usr/bin/python3:python3 /usr/lib/python3/dist-packages/scapy:python3-scapy
 	verb_build
-	for words in "${@:-unit semantics api packet netns}"; do
+	for words in "${@:-unit semantics api packet netns life}"; do
 		for one in $words; do
 			declare -F "layer_$one" >/dev/null || die "no such layer of tests: $one"
 			layer "$one"
@@ -676,13 +679,17 @@ bench_packet() {
 	test_program packet tests/bench/packet.c && PACKET=$BUILT tests/bench/packet
 }
 
-verb_bench() { # [sync|packet]: how fast and how small, beside kube-proxy (an hour; as root)
+bench_life() { # a thousand restarts
+	test_program world tests/world.c && LIFTER=$PWD/tail_lifter WORLD=$BUILT ROUNDS=1000 tests/life restarts
+}
+
+verb_bench() { # [sync|packet|life]: how fast and how small, beside kube-proxy (an hour; as root)
 	local one
 	as_root bench
 	need ip:iproute2 curl:curl sysctl:procps jq:jq openssl:openssl unshare:util-linux iptables:iptables nft:nftables \
-		bpftool:bpftool /usr/bin/python3:python3
+		bpftool:bpftool ethtool:ethtool ping:iputils-ping /usr/bin/python3:python3
 	verb_build
-	for one in "${@:-sync packet}"; do
+	for one in "${@:-sync packet life}"; do
 		for one in $one; do
 			declare -F "bench_$one" >/dev/null || die "no such benchmark: $one"
 			step bench "$one"
