@@ -655,6 +655,9 @@ layer_router() {
 		test_program neighbour tests/router/neighbour.c || return
 	LIFTER=$PWD/tail_lifter WORLD=$world WIRE=$wire NEIGHBOUR=$BUILT NEIGHBOUR_BPF=$neighbour tests/router/run
 }
+layer_life() {
+	test_program world tests/world.c && LIFTER=$PWD/tail_lifter WORLD=$BUILT tests/life
+}
 layer_real() { tests/real/run; }
 layer_kernels() { tests/kernels/run; }
 
@@ -676,12 +679,12 @@ layer() {
 	step "" "$last, $((SECONDS - start)) s"
 }
 
-verb_test() { # [LAYER...]: unit semantics api packet netns router (the default), real, kernels; as root
+verb_test() { # [LAYER...]: unit semantics api packet netns router (the default), life, real, kernels; as root
 	local words one
 	as_root test
 	PASSED=0 FAILED=0
 	need ip:iproute2 ping:iputils-ping curl:curl ethtool:ethtool sysctl:procps jq:jq tc:iproute2 nft:nftables iptables:iptables openssl:openssl setpriv:util-linux \
-		/usr/bin/python3:python3 /usr/lib/python3/dist-packages/scapy:python3-scapy
+		strace:strace bpftool:bpftool /usr/bin/python3:python3 /usr/lib/python3/dist-packages/scapy:python3-scapy
 	verb_build
 	for words in "${@:-unit semantics api packet netns router}"; do
 		for one in $words; do
@@ -706,13 +709,17 @@ bench_packet() {
 	test_program packet tests/bench/packet.c && PACKET=$BUILT tests/bench/packet
 }
 
-verb_bench() { # [sync|packet]: how fast and how small, beside kube-proxy (an hour; as root)
+bench_life() { # a thousand restarts
+	test_program world tests/world.c && LIFTER=$PWD/tail_lifter WORLD=$BUILT ROUNDS=1000 tests/life restarts
+}
+
+verb_bench() { # [sync|packet|life]: how fast and how small, beside kube-proxy (an hour; as root)
 	local one
 	as_root bench
 	need ip:iproute2 curl:curl sysctl:procps jq:jq openssl:openssl unshare:util-linux iptables:iptables nft:nftables \
-		bpftool:bpftool /usr/bin/python3:python3
+		bpftool:bpftool ethtool:ethtool ping:iputils-ping /usr/bin/python3:python3
 	verb_build
-	for one in "${@:-sync packet}"; do
+	for one in "${@:-sync packet life}"; do
 		for one in $one; do
 			declare -F "bench_$one" >/dev/null || die "no such benchmark: $one"
 			step bench "$one"

@@ -4443,20 +4443,50 @@ static struct bpf_tc_hook tc_hook(int ifindex, enum bpf_tc_attach_point point)
 				     .attach_point = point };
 }
 
-/* By cls_bpf, where there is no tcx. Replaces a filter of ours in one step; its file
- * comes first, so that no crash leaves a filter without one. */
+struct clsact {
+	int ifindex;
+	bool there;
+};
+
+static void on_qdisc(void *arg, const struct nlmsghdr *h)
+{
+	const struct tcmsg *t = NLMSG_DATA(h);
+	struct clsact *c = arg;
+
+	c->there |= h->nlmsg_type == RTM_NEWQDISC && t->tcm_ifindex == c->ifindex &&
+		t->tcm_parent == TC_H_CLSACT;
+}
+
+/* True also if that is not known. */
+static bool has_clsact(int ifindex)
+{
+	struct clsact c = { .ifindex = ifindex };
+	int fd = netlink_open(0);
+
+	if (fd >= 0)
+		netlink_ask(fd, RTM_GETQDISC, ifindex, 0);
+	if (fd < 0 || !netlink_wait(fd, on_qdisc, &c))
+		c.there = true;
+	close(fd);
+	return c.there;
+}
+
+/* By cls_bpf, where there is no tcx. Replaces a filter of ours in one step. Files come
+ * first, so that no crash leaves a filter or a qdisc without one. */
 static int door_attach_tc(int prog, const char *word, int ifindex, bool in)
 {
 	struct bpf_tc_hook hook = tc_hook(ifindex, in ? BPF_TC_INGRESS : BPF_TC_EGRESS);
 	DECLARE_LIBBPF_OPTS(bpf_tc_opts, o, .prog_fd = prog, .flags = BPF_TC_F_REPLACE,
 			    .handle = TC_HANDLE, .priority = TC_PRIORITY);
-	int r = bpf_tc_hook_create(&hook);
+	int r;
 
+	if (pin(prog, word, ifindex) ||
+	    (!has_clsact(ifindex) && pin(maps.fd[STAT_MAP], "clsact", ifindex)))
+		return -1;
+	r = bpf_tc_hook_create(&hook);
 	if (r && r != -EEXIST)
 		return fail("cannot make a clsact qdisc: %s; the kernel needs sch_ingress",
 			    strerror(-r));
-	if ((!r && pin(maps.fd[STAT_MAP], "clsact", ifindex)) || pin(prog, word, ifindex))
-		return -1;
 	r = bpf_tc_attach(&hook, &o);
 	return r ? fail("cannot attach by cls_bpf: %s; the kernel needs cls_bpf", strerror(-r)) : 0;
 }

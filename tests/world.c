@@ -3,12 +3,16 @@
  * world.c: what the demo and the namespace tests need around tail_lifter.
  *
  *   world tun NETNS/NAME NETNS/NAME   a TUN in each namespace, what goes into one comes
- *                                     out of the other, offloads and all: the tailnet
+ *                                     out of the other, offloads and all: the tailnet;
+ *                                     SIGHUP destroys the second and makes it again
  *   world pod NAME PORT               answers HTTP, lines by TCP, and UDP: with its name
  *                                     and the address of whoever asked; lines and UDP
  *                                     also with "port PORT " and what was asked
+ *   world echo PORT                   sends back what comes, TCP and UDP
+ *   world load FILE PORT ADDRESS...   numbered messages to such echoes until SIGTERM; then
+ *                                     FILE tells what was sent and what did not come back
  *
- * Both stay until they are killed or whoever started them is gone.
+ * All stay until they are killed or whoever started them is gone.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -24,10 +28,29 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <netinet/tcp.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/epoll.h>
 #include <sys/ioctl.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
+#include <time.h>
 #include <unistd.h>
+
+static volatile sig_atomic_t hup, term;
+
+static void on_hup(int sig)
+{
+	(void)sig;
+	hup = 1;
+}
+
+static void on_term(int sig)
+{
+	(void)sig;
+	term = 1;
+}
 
 /* A TUN as tailscaled makes it: bare IP, with offloads. */
 static int tun_open(const char *where)
@@ -70,10 +93,17 @@ static int tun(char **arg)
 	p[1].fd = tun_open(arg[1]);
 	puts("ready");
 	fflush(stdout);
-	while (poll(p, 2, -1) >= 0)
+	signal(SIGHUP, on_hup);
+	while (poll(p, 2, -1) >= 0 || errno == EINTR) {
 		for (int i = 0; i < 2; i++)
-			if (p[i].revents)
+			if (p[i].revents && !hup)
 				carry(p[i].fd, p[!i].fd);
+		if (hup) {
+			hup = 0;
+			close(p[1].fd);
+			p[1] = (struct pollfd){ .fd = tun_open(arg[1]), .events = POLLIN };
+		}
+	}
 	return 1;
 }
 
@@ -168,6 +198,250 @@ static int pod(char **arg)
 	return 1;
 }
 
+static int epoll_on(int epoll_fd, int fd, void *what)
+{
+	struct epoll_event e = { .events = EPOLLIN, .data.ptr = what };
+
+	if (epoll_ctl(epoll_fd, EPOLL_CTL_ADD, fd, &e))
+		err(1, "epoll");
+	return fd;
+}
+
+static void room_for_bursts(int fd)
+{
+	int bytes = 8 << 20;
+
+	setsockopt(fd, SOL_SOCKET, SO_RCVBUFFORCE, &bytes, sizeof(bytes));
+	setsockopt(fd, SOL_SOCKET, SO_SNDBUFFORCE, &bytes, sizeof(bytes));
+}
+
+static int echo(char **arg)
+{
+	int listener = listen_on(SOCK_STREAM, atoi(arg[0])), udp = listen_on(SOCK_DGRAM, atoi(arg[0]));
+	int epoll_fd = epoll_create1(0), fd, on = 1;
+	struct epoll_event e;
+	char room[4096];
+	ssize_t n;
+
+	room_for_bursts(udp);
+	epoll_on(epoll_fd, listener, (void *)(intptr_t)listener);
+	epoll_on(epoll_fd, udp, (void *)(intptr_t)udp);
+	puts("ready");
+	fflush(stdout);
+	while (epoll_wait(epoll_fd, &e, 1, -1) > 0) {
+		fd = (intptr_t)e.data.ptr;
+		if (fd == udp) {
+			struct sockaddr_in6 who;
+			socklen_t len = sizeof(who);
+
+			n = recvfrom(fd, room, sizeof(room), 0, (struct sockaddr *)&who, &len);
+			if (n >= 0)
+				sendto(fd, room, n, 0, (struct sockaddr *)&who, len);
+		} else if (fd == listener) {
+			fd = accept(fd, NULL, NULL);
+			if (fd < 0)
+				continue;
+			setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
+			epoll_on(epoll_fd, fd, (void *)(intptr_t)fd);
+		} else {
+			n = read(fd, room, sizeof(room));
+			if (n <= 0 || write(fd, room, n) != n)
+				close(fd);
+		}
+	}
+	return 1;
+}
+
+/* A client's socket: one of the lasting flows, or a visitor, who sends one message, each
+ * time from a new port. */
+#define N_LASTING  16	/* of each protocol */
+#define N_VISITORS 1024 /* at a time, of each protocol */
+#define TICK	   2	/* ms: a message of each lasting flow; two visitors every fifth time */
+
+static struct talk {
+	int fd; /* 0: none */
+	bool tcp, visitor;
+	int end;		  /* errno that ended it */
+	uint64_t sent, back;	  /* messages; TCP: bytes that came back */
+	uint64_t due;		  /* TCP: the number that comes next */
+	uint8_t part[8], n_part;  /* of it */
+} lasting[2 * N_LASTING], visitors[2 * N_VISITORS];
+
+static struct tally {
+	uint64_t sent, missing, broken, garbled;
+} tally[2][2]; /* visitor, tcp */
+
+static void talk_end(struct talk *t)
+{
+	struct tally *y = &tally[t->visitor][t->tcp];
+
+	y->sent += t->sent;
+	y->missing += t->sent - t->back;
+	y->broken += t->end != 0;
+	if (t->fd)
+		close(t->fd);
+	*t = (struct talk){ 0 };
+}
+
+static void talk_begin(struct talk *t, int epoll_fd, bool tcp, bool visitor, const char *to, int port)
+{
+	struct sockaddr_in6 v6 = { .sin6_family = AF_INET6, .sin6_port = htons(port) };
+	struct sockaddr_in v4 = { .sin_family = AF_INET, .sin_port = htons(port) };
+	bool is6 = inet_pton(AF_INET6, to, &v6.sin6_addr) == 1;
+	struct linger at_once = { .l_onoff = 1 };
+	int on = 1;
+
+	if (!is6 && inet_pton(AF_INET, to, &v4.sin_addr) != 1)
+		errx(1, "not an address: %s", to);
+	*t = (struct talk){ .tcp = tcp, .visitor = visitor };
+	t->fd = socket(is6 ? AF_INET6 : AF_INET, (tcp ? SOCK_STREAM : SOCK_DGRAM) | SOCK_NONBLOCK, 0);
+	if (t->fd < 0)
+		err(1, "socket");
+	if (tcp)
+		setsockopt(t->fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
+	if (tcp && visitor) /* by a RST: no port waits after it */
+		setsockopt(t->fd, SOL_SOCKET, SO_LINGER, &at_once, sizeof(at_once));
+	room_for_bursts(t->fd);
+	epoll_on(epoll_fd, t->fd, t);
+	if (connect(t->fd, is6 ? (void *)&v6 : (void *)&v4, is6 ? sizeof(v6) : sizeof(v4)) &&
+	    errno != EINPROGRESS)
+		t->end = errno;
+}
+
+static void talk_send(struct talk *t)
+{
+	if (!t->fd || t->end)
+		return;
+	if (send(t->fd, &t->sent, sizeof(t->sent), MSG_NOSIGNAL) == sizeof(t->sent))
+		t->sent++;
+	else if (t->tcp && errno != EAGAIN && errno != ENOTCONN)
+		t->end = errno; /* UDP that cannot be sent has not been */
+}
+
+static void talk_hear(struct talk *t)
+{
+	uint8_t room[4096];
+	ssize_t n;
+
+	while (t->fd && !t->end && (n = read(t->fd, room, t->tcp ? sizeof(room) : 8)) != -1) {
+		if (!n && t->tcp)
+			t->end = ECONNRESET;
+		if (!t->tcp)
+			t->back += n == 8;
+		for (ssize_t i = 0; t->tcp && i < n; i++) {
+			t->part[t->n_part++] = room[i];
+			if (t->n_part < 8)
+				continue;
+			t->n_part = 0;
+			if (memcmp(t->part, &t->due, 8))
+				tally[t->visitor][true].garbled++;
+			t->due++;
+			t->back++;
+		}
+	}
+	if (t->fd && t->tcp && errno != EAGAIN && errno != ENOTCONN && !t->end)
+		t->end = errno;
+}
+
+static bool talk_waits(const struct talk *t)
+{
+	return t->fd && !t->end && t->back < t->sent;
+}
+
+static int64_t now_ms(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return t.tv_sec * 1000ll + t.tv_nsec / 1000000;
+}
+
+static void load_hear(int epoll_fd, int timeout)
+{
+	struct epoll_event e[64];
+	int n = epoll_wait(epoll_fd, e, 64, timeout);
+
+	for (int i = 0; i < n; i++) {
+		struct talk *t = e[i].data.ptr;
+
+		if (t->visitor && t->tcp && !t->sent)
+			talk_send(t);
+		talk_hear(t);
+		if (t->fd && t->visitor && !talk_waits(t) && (t->sent || t->end))
+			talk_end(t);
+		else if (t->fd && t->end)
+			epoll_ctl(epoll_fd, EPOLL_CTL_DEL, t->fd, NULL);
+	}
+}
+
+/* A TCP visitor sends when it is connected. */
+static void load_visit(int epoll_fd, unsigned number, const char *to, int port)
+{
+	struct epoll_event e = { .events = EPOLLOUT };
+
+	for (int tcp = 0; tcp < 2; tcp++) {
+		struct talk *t = &visitors[tcp * N_VISITORS + number % N_VISITORS];
+
+		if (t->fd) /* it waits since that many visits: seconds */
+			talk_end(t);
+		talk_begin(t, epoll_fd, tcp, true, to, port);
+		if (!tcp)
+			talk_send(t);
+		e.events = EPOLLIN | (tcp ? EPOLLOUT | EPOLLET : 0);
+		e.data.ptr = t;
+		epoll_ctl(epoll_fd, EPOLL_CTL_MOD, t->fd, &e);
+	}
+}
+
+static int load(int n, char **arg)
+{
+	int epoll_fd = epoll_create1(0), port = atoi(arg[1]);
+	FILE *f = fopen(arg[0], "w");
+	int64_t next, until;
+	bool waits = true;
+
+	if (!f)
+		err(1, "%s", arg[0]);
+	signal(SIGTERM, on_term);
+	for (int i = 0; i < 2 * N_LASTING; i++)
+		talk_begin(&lasting[i], epoll_fd, i & 1, false, arg[2 + i / 2 % (n - 2)], port);
+	puts("ready");
+	fflush(stdout);
+	next = now_ms();
+	for (unsigned tick = 0; !term; tick++, next += TICK) {
+		for (int i = 0; i < 2 * N_LASTING; i++)
+			talk_send(&lasting[i]);
+		if (tick % 5 == 0)
+			load_visit(epoll_fd, tick / 5, arg[2 + tick / 5 % (n - 2)], port);
+		do
+			load_hear(epoll_fd, next + TICK > now_ms() ? next + TICK - now_ms() : 0);
+		while (now_ms() < next + TICK);
+		if (now_ms() > next + 100) /* we were not let run: not all at once now */
+			next = now_ms();
+	}
+	for (until = now_ms() + 10000; waits && now_ms() < until;) { /* what is still under way */
+		load_hear(epoll_fd, 10);
+		waits = false;
+		for (int i = 0; i < 2 * N_LASTING; i++)
+			waits |= talk_waits(&lasting[i]) && (lasting[i].tcp || now_ms() < until - 9000);
+		for (int i = 0; i < 2 * N_VISITORS; i++)
+			waits |= visitors[i].fd && now_ms() < until - 8000;
+	}
+	for (int i = 0; i < 2 * N_LASTING; i++)
+		talk_end(&lasting[i]);
+	for (int i = 0; i < 2 * N_VISITORS; i++)
+		if (visitors[i].fd) {
+			visitors[i].sent += !visitors[i].sent; /* its SYN */
+			talk_end(&visitors[i]);
+		}
+	for (int i = 0; i < 4; i++)
+		fprintf(f, "%s\"%s_%s\":{\"sent\":%ju,\"missing\":%ju,\"broken\":%ju,\"garbled\":%ju}%s", i ? "," : "{",
+		       i / 2 ? "visitors" : "lasting", i % 2 ? "tcp" : "udp", (uintmax_t)tally[i / 2][i % 2].sent,
+		       (uintmax_t)tally[i / 2][i % 2].missing, (uintmax_t)tally[i / 2][i % 2].broken,
+		       (uintmax_t)tally[i / 2][i % 2].garbled, i == 3 ? "}\n" : "");
+	return fclose(f) ? 1 : 0;
+}
+
 int main(int argc, char **argv)
 {
 	prctl(PR_SET_PDEATHSIG, SIGTERM);
@@ -177,6 +451,11 @@ int main(int argc, char **argv)
 		return tun(argv + 2);
 	if (argc == 4 && !strcmp(argv[1], "pod"))
 		return pod(argv + 2);
-	fprintf(stderr, "usage: world tun NETNS/NAME NETNS/NAME | world pod NAME PORT\n");
+	if (argc == 3 && !strcmp(argv[1], "echo"))
+		return echo(argv + 2);
+	if (argc > 4 && !strcmp(argv[1], "load"))
+		return load(argc - 2, argv + 2);
+	fprintf(stderr, "usage: world tun NETNS/NAME NETNS/NAME | world pod NAME PORT | world echo PORT |\n"
+			"       world load FILE PORT ADDRESS...\n");
 	return 2;
 }
