@@ -123,8 +123,7 @@ soon 10 advertised >/dev/null
 
 echo "# --check with tailscaled"
 tailscale node set --advertise-routes=10.43.0.0/16,fd43::/112
-check "advertised and approved" soon 20 check_says '^ok +service CIDR advertised'
-check "masquerade: off" check_says '^ok +masquerade +tailscaled does none'
+check "masquerade: off" soon 10 check_says '^ok +masquerade +tailscaled does none'
 tailscale node set --snat-subnet-routes=true
 check "masquerade: on" check_says '^ok +masquerade +by tailscaled: pods see'
 tailscale node set --snat-subnet-routes=false
