@@ -622,10 +622,17 @@ promtool() {
 	mv "$TMP/usr/bin/promtool" "$PROMTOOL"
 }
 
-as_root() { [ "$(id -u)" = 0 ] || die "$1 makes network namespaces: run it as root (sudo ./build.sh $1)"; }
+# as_root VERB [ARGUMENT...]: begins again with mounts and a bpffs of its own: a machine that has
+# none, which the agent would mount and --cleanup unmount, is then like any other.
+as_root() {
+	[ "$(id -u)" = 0 ] || die "$1 makes network namespaces: run it as root (sudo ./build.sh $1)"
+	[ -z "${OWN_MOUNTS:-}" ] || return 0
+	OWN_MOUNTS=1 exec unshare --mount -- bash -c 'while umount -l /sys/fs/bpf; do :; done 2>/dev/null
+		mount -t bpf bpf /sys/fs/bpf && exec "$@"' - ./build.sh "$@"
+}
 
 verb_demo() { # show the main job in namespaces, without a cluster; as root
-	as_root demo
+	as_root demo "$@"
 	need ip:iproute2 curl:curl ethtool:ethtool sysctl:procps
 	verb_build
 	test_program world tests/world.c
@@ -681,7 +688,7 @@ layer() {
 
 verb_test() { # [LAYER...]: unit semantics api packet netns router (the default), life, real, kernels; as root
 	local words one
-	as_root test
+	as_root test "$@"
 	PASSED=0 FAILED=0
 	need ip:iproute2 ping:iputils-ping curl:curl ethtool:ethtool sysctl:procps jq:jq tc:iproute2 nft:nftables iptables:iptables openssl:openssl setpriv:util-linux \
 		strace:strace bpftool:bpftool /usr/bin/python3:python3 /usr/lib/python3/dist-packages/scapy:python3-scapy
@@ -697,7 +704,7 @@ verb_test() { # [LAYER...]: unit semantics api packet netns router (the default)
 }
 
 verb_mutants() { # [NAME...]: wrong versions of the datapath, and which test finds each (minutes; as root)
-	as_root mutants
+	as_root mutants "$@"
 	need patch:patch /usr/bin/python3:python3 /usr/lib/python3/dist-packages/scapy:python3-scapy
 	verb_build
 	tests/mutants/run "$@"
@@ -715,7 +722,7 @@ bench_life() { # a thousand restarts
 
 verb_bench() { # [sync|packet|life]: how fast and how small, beside kube-proxy (an hour; as root)
 	local one
-	as_root bench
+	as_root bench "$@"
 	need ip:iproute2 curl:curl sysctl:procps jq:jq openssl:openssl unshare:util-linux iptables:iptables nft:nftables \
 		bpftool:bpftool ethtool:ethtool ping:iputils-ping /usr/bin/python3:python3
 	verb_build

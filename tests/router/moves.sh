@@ -56,4 +56,5 @@ routes_by 1
 check "moved to the first node: they go on" go_on
 end
 
-watched moves unsure
+# A pod that says something again while nothing is remembered, or nobody attached, meets no flow.
+watched moves unsure strays
