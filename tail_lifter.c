@@ -63,6 +63,7 @@
 #include <mbedtls/entropy.h>
 #include <mbedtls/net_sockets.h>
 #include <mbedtls/psa_util.h>
+#include <mbedtls/sha256.h>
 #include <mbedtls/ssl.h>
 #include <net/if.h>
 #include <net/if_arp.h>
@@ -238,6 +239,16 @@ static uint64_t hash64(uint64_t seed, const void *at, size_t n)
 	h = (h ^ h >> 33) * 0xff51afd7ed558ccdu;
 	h = (h ^ h >> 33) * 0xc4ceb9fe1a85ec53u;
 	return h ^ h >> 33;
+}
+
+/* The same for what is told apart by the number alone, and chosen by whoever may write objects:
+ * the first bytes of its SHA-256. */
+static uint64_t number64(const void *at, size_t n)
+{
+	uint64_t sha[4];
+
+	mbedtls_sha256(at, n, (void *)sha, 0);
+	return sha[0];
 }
 
 /* Addresses of both families travel as struct in6_addr, IPv4 as ::ffff:a.b.c.d;
@@ -652,7 +663,7 @@ static int tls_connect(struct tls *t, struct tls_trust *trust, const struct in6_
 	snprintf(t->name, sizeof(t->name), "%s", name);
 	mbedtls_ssl_init(&t->ssl);
 	t->fd = socket(family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
-	for (size_t i = 0; i < ARRAY_SIZE(options); i++)
+	for (size_t i = 0; i < ARRAY_SIZE(options) && t->fd >= 0; i++)
 		setsockopt(t->fd, options[i][0], options[i][1], &options[i][2], sizeof(int));
 	if (t->fd < 0 || (connect(t->fd, (struct sockaddr *)&to, n) && errno != EINPROGRESS))
 		tcp_explain(errno);
@@ -836,7 +847,7 @@ static int http_header(struct http *h, char *s)
 	} else if (!strcasecmp(s, "Connection")) {
 		h->keeps = h->keeps && !strcasestr(value, "close");
 	} else if (!strcasecmp(s, "Retry-After")) {
-		h->retry_after = strlen(value) < 9 ? atol(value) : 0;
+		h->retry_after = value[strspn(value, "0123456789")] || strlen(value) > 6 ? 0 : atol(value);
 	} else if (!strcasecmp(s, "Content-Type")) {
 		snprintf(h->type, sizeof(h->type), "%s", value);
 	} else if (!strcasecmp(s, "Location")) {
@@ -2194,11 +2205,11 @@ static struct object *object_read(const struct filter *f, enum kind k, const str
 	int level = 1;
 
 	read_identity(&r);
-	for (int up = at < 0 ? -1 : j->tok[at].parent; up >= 0; up = j->tok[up].parent)
+	for (int up = json_is(j, at, JSMN_OBJECT) ? j->tok[at].parent : -1; up >= 0; up = j->tok[up].parent)
 		level += !json_is(j, up, JSMN_STRING);
 	if (j->flaw)
 		flaw(&r, -1, "it", "%s", j->flaw);
-	else if (at >= 0 && (size_t)(j->tok[at].end - j->tok[at].start) > MAX_OBJECT)
+	else if (json_is(j, at, JSMN_OBJECT) && (size_t)(j->tok[at].end - j->tok[at].start) > MAX_OBJECT)
 		flaw(&r, -1, "it", "is longer than 2 MiB");
 	else if (j->depth - level >= MAX_DEPTH)
 		flaw(&r, -1, "it", "is nested deeper than %d levels", MAX_DEPTH);
@@ -3468,6 +3479,7 @@ static int from_stream(struct from *f, FILE *in)
 			}
 			if (got == SPLIT_BAD || from_head(f))
 				return -1;
+			f->head.n_tok = 0; /* its text goes */
 			f->kindless.len = 0;
 			f->before = f->got.len;
 		}
@@ -3648,14 +3660,14 @@ static void write_element(struct writing *w, const struct element *e, const void
 		buf_add(&w->elements, e, sizeof(*e));
 }
 
-/* A text in pieces; returns its number. */
+/* A text in pieces; returns its number. A `shared` one is only ever shown. */
 static uint64_t write_text(struct writing *w, const char *text, size_t n, bool shared)
 {
 	struct element e = { .map = TEXT_MAP };
 
 	if (!n)
 		return 0;
-	e.text.text = hash64(0, text, n);
+	e.text.text = shared ? hash64(0, text, n) : number64(text, n);
 	for (size_t at = 0; at <= n; at += TL_TEXT) {
 		struct tl_text piece = { { 0 } };
 
@@ -3724,6 +3736,7 @@ static void write_set(struct writing *w, struct tl_svc *svc)
 	const struct entry *entry = w->entry;
 	uint32_t all = entry->n_backends, n = all < TL_MAX_BACKENDS ? all : TL_MAX_BACKENDS;
 	struct element e = { .map = SET_MAP };
+	struct buf of = { 0 };
 	struct tl_chunk chunk;
 
 	if (n != all)
@@ -3731,13 +3744,17 @@ static void write_set(struct writing *w, struct tl_svc *svc)
 		     "the rest gets nothing",
 		     entry->ns, entry->name, all, n);
 	svc->n_backends = n;
-	svc->set = hash64(svc->name, &entry->scope, sizeof(entry->scope));
+	buf_add(&of, &svc->name, sizeof(svc->name));
+	buf_add(&of, &entry->scope, sizeof(entry->scope));
 	for (const struct backend *b = entry->backends; b < entry->backends + n; b++) {
-		svc->set ^= b->port ^ (uint64_t)b->local << 32 ^ (uint64_t)backend_snat(b) << 33;
-		svc->set = hash64(svc->set, &b->addr, sizeof(b->addr));
-		svc->set = hash64(svc->set, b->node, strlen(b->node));
+		uint16_t more[] = { b->port, b->local, backend_snat(b) };
+
+		buf_add(&of, &b->addr, sizeof(b->addr));
+		buf_add(&of, more, sizeof(more));
+		buf_add(&of, b->node, strlen(b->node) + 1);
 	}
-	e.set.set = svc->set;
+	svc->set = e.set.set = number64(of.at, of.len);
+	buf_free(&of);
 	for (uint32_t from = 0; from < n; from += TL_CHUNK) {
 		for (uint32_t i = 0; i < TL_CHUNK; i++) {
 			uint32_t index = from + i < n ? from + i : from; /* see choose() */
@@ -3806,9 +3823,7 @@ static uint64_t entry_udp(struct buf *marks, const struct entry *e, uint64_t nam
 
 static void write_entry(struct writing *w, const struct entry *entry, struct programmed *new)
 {
-	char text[600]; /* bounded by what objects may be called (MAX_NAME, MAX_PORTNAME) */
-	int n = snprintf(text, sizeof(text), "%s/%s/%s/%d", entry->ns, entry->name, entry->port,
-			 entry->proto);
+	struct buf text = { 0 };
 	struct tl_svc svc = {
 		.affinity = entry->affinity,
 		.flags = entry->scope | (entry->drop_if_empty ? TL_SVC_DROP_IF_EMPTY : 0) |
@@ -3816,7 +3831,10 @@ static void write_entry(struct writing *w, const struct entry *entry, struct pro
 	};
 
 	w->entry = entry;
-	svc.name = write_text(w, text, n, false);
+	buf_printf(&text, "%s/%s/%s/%s%d", entry->ns, entry->name, entry->port, proto_name(entry->proto),
+		   entry->v4 ? 4 : 6);
+	svc.name = write_text(w, text.at, text.len, false);
+	buf_free(&text);
 	write_sources(w, svc.name);
 	write_set(w, &svc);
 	write_frontends(w, &svc);
@@ -4180,8 +4198,9 @@ static int netlink_open(unsigned groups)
 
 	if (fd >= 0 && !bind(fd, (struct sockaddr *)&me, sizeof(me)))
 		return fd;
+	fail("cannot ask the kernel for interfaces: netlink: %s", strerror(errno));
 	close(fd);
-	return fail("cannot ask the kernel for interfaces: netlink: %s", strerror(errno));
+	return -1;
 }
 
 /* Asks for all links, or all filters of an interface; links come like news. */
@@ -5560,7 +5579,7 @@ static void watch_resolved(struct api *a, struct watch *w)
 static void watch_connect_new(struct api *a, struct watch *w)
 {
 	const char *host = a->config.host;
-	int fds[2], child;
+	int fds[2] = { 0, -1 }, child;
 
 	watch_close(a, w);
 	w->addr = 0;
@@ -5571,14 +5590,15 @@ static void watch_connect_new(struct api *a, struct watch *w)
 	if (w->n_addrs)
 		return watch_connect(a, w);
 	watch_enter(a, w, WATCH_RESOLVING, WAIT_CONNECT * 2);
-	if (pipe2(fds, O_CLOEXEC | O_NONBLOCK) || (child = fork()) < 0) {
-		fail("cannot look %s up: %s", host, strerror(errno));
-		return watch_fail(a, w);
-	}
+	child = pipe2(fds, O_CLOEXEC | O_NONBLOCK) ? -1 : fork();
 	if (!child)
 		resolve_name(host, fds[1]);
+	if (child < 0)
+		fail("cannot look %s up: %s", host, strerror(errno));
 	close(fds[1]);
 	w->pipe = fds[0];
+	if (child < 0)
+		return watch_fail(a, w);
 	watch_arm(a, w);
 }
 

@@ -48,7 +48,7 @@ struct tl_svc_key {
 
 struct tl_svc {
 	__u64 set;  /* its backends in set_map: a hash of what they are, so a set never changes */
-	__u64 name; /* "NAMESPACE/NAME/PORT/PROTOCOL" in text_map; the same for all its frontends */
+	__u64 name; /* "NAMESPACE/NAME/PORT/TCP4" in text_map; the same for all its frontends */
 	__u32 n_backends;
 	__u32 affinity; /* seconds, 0: none */
 	__u32 flags;
