@@ -2239,8 +2239,7 @@ static struct object *object_read(const struct filter *f, enum kind k, const str
 }
 /* === model (what the cluster has) =========================================
  * Objects; services, their slices, our node; who claims which address; who is
- * dirty. Each put and delete settles claims and VIPs at once, so what comes out
- * depends on the set of objects alone, never on their order. */
+ * dirty. What comes out depends on the set of objects alone, never on their order. */
 struct claim {		  /* that an address is a service's */
 	struct link link; /* by the address */
 	struct service *of;
@@ -2256,7 +2255,7 @@ struct service {
 	struct object *spec; /* NULL: no such Service, or ignored */
 	struct object *slices;
 	struct claim *claims, *vip; /* an array; one, or NULL */
-	uint64_t slot;		    /* vip's */
+	struct link taken;	    /* its slot, while VIPs are dealt out */
 	void *programmed;	    /* the maps stage's */
 	uint32_t n_claims, said;    /* said: a hash of the note about it */
 	bool dirty, out; /* in the list; model_next_dirty gave it out and forget is to come */
@@ -2282,6 +2281,7 @@ struct model { /* all zero, then model_init */
 	bool unnamed[N_KINDS];		/* the last one had a bad object whose name is not known */
 	bool repeated;			/* the last bad object was as bad before: say it once */
 	bool ranges_changed;		/* since model_ranges gave them out */
+	bool vips_changed;		/* VIPs have to be dealt out anew */
 	size_t n_without, said_without; /* services that found the VIP range full */
 };
 
@@ -2460,131 +2460,76 @@ static void claims_build(struct model *m, struct service *s)
 }
 
 /* --- VIPs -------------------------------------------------------------------
- * Slots of --vip-range, each with an address. A service's home is a hash of its
- * name; if an older one lives there it goes on to the next slot, and so on. The
- * outcome is the one of dealing them out by age: whoever comes puts younger
- * ones out, and a slot that falls free goes to the oldest that prefers it. */
-static uint64_t vip_room(const struct model *m, uint64_t *first)
-{
-	const struct cidr *range = &m->opt->vip_range;
-	int width = 128 - range->bits;
-
-	*first = addr_is_v4(&range->addr) &&
-		width >= 2; /* not the network's, not the broadcast address */
-	return ((uint64_t)1 << (width < 62 ? width : 62)) - *first * 2;
-}
-
-static struct in6_addr vip_addr(const struct model *m, uint64_t slot)
-{
-	struct in6_addr a = m->opt->vip_range.addr;
-	uint64_t first;
-
-	vip_room(m, &first);
-	slot += first;
-	for (int i = 15; slot; i--, slot >>= 8)
-		a.s6_addr[i] |= slot; /* which are zero in the range */
-	return a;
-}
-
-static struct service *vip_holder(const struct model *m, uint64_t slot)
-{
-	struct in6_addr a = vip_addr(m, slot);
-
-	for (struct claim *c = NULL; (c = claim_next(m, &a, c));)
-		if (c->of->vip == c)
-			return c->of;
-	return NULL;
-}
-
-/* How many slots from the home of `s` on. */
-static uint64_t vip_distance(const struct model *m, const struct service *s, uint64_t slot)
-{
-	uint64_t first, room = vip_room(m, &first), home = name_hash(s->ns, s->name) % room;
-
-	return (slot + room - home) % room;
-}
-
-static void vip_take(struct model *m, struct service *s, uint64_t slot)
-{
-	s->vip = mem(NULL, sizeof(*s->vip));
-	*s->vip = (struct claim){ .of = s, .addr = vip_addr(m, slot), .dealt = true };
-	s->slot = slot;
-	claim_add(m, s->vip);
-}
-
-static void vip_leave(struct model *m, struct service *s)
-{
-	claim_remove(m, s->vip);
-	free(s->vip);
-	s->vip = NULL;
-}
-
-static void vip_place(struct model *m, struct service *s)
-{
-	uint64_t first, room = vip_room(m, &first), slot = name_hash(s->ns, s->name) % room;
-
-	do {
-		struct service *o = vip_holder(m, slot);
-
-		if (!o || service_older(s, o)) {
-			if (o)
-				vip_leave(m, o);
-			vip_take(m, s, slot);
-			if (!o)
-				return;
-			s = o;
-		}
-		slot = (slot + 1) % room;
-	} while (vip_distance(m, s, slot));
-	m->n_without++;
-}
-
+ * Slots of --vip-range, each with an address. A service's home is a hash of its name. They are
+ * dealt out by age: to each the first free slot from its home on. */
 static bool vip_wanted(const struct model *m, const struct object *spec)
 {
 	return spec && m->opt->has_vip_range &&
 		object_cluster_ip(spec, addr_is_v4(&m->opt->vip_range.addr));
 }
 
-static void vip_release(struct model *m, struct service *s)
+/* A service's VIP becomes this; NULL: it has none. */
+static void vip_set(struct model *m, struct service *s, const struct in6_addr *addr)
 {
-	uint64_t first, room = vip_room(m, &first), hole = s->slot;
-	struct service *o, *best = NULL;
+	if (s->vip && addr && !memcmp(&s->vip->addr, addr, sizeof(*addr)))
+		return;
+	if (s->vip)
+		claim_remove(m, s->vip);
+	free(s->vip);
+	s->vip = NULL;
+	if (!addr)
+		return;
+	s->vip = mem(NULL, sizeof(*s->vip));
+	*s->vip = (struct claim){ .of = s, .addr = *addr, .dealt = true };
+	claim_add(m, s->vip);
+}
 
-	if (!s->vip) {
-		m->n_without--;
-		return;
+static int service_by_age(const void *x, const void *y)
+{
+	return service_older(*(struct service *const *)x, *(struct service *const *)y) ? -1 : 1;
+}
+
+static void vips_deal(struct model *m)
+{
+	const struct cidr *range = &m->opt->vip_range;
+	struct service **all = mem(NULL, m->services.n * sizeof(*all));
+	int width = 128 - range->bits;
+	/* of IPv4 not the network's and not the broadcast address */
+	uint64_t first = addr_is_v4(&range->addr) && width >= 2, slot, at;
+	uint64_t room = ((uint64_t)1 << (width < 62 ? width : 62)) - first * 2;
+	struct table taken = { 0 };
+	size_t n = 0;
+
+	TABLE_EACH (&m->services, l)
+		if (vip_wanted(m, ((struct service *)l)->spec))
+			all[n++] = (struct service *)l;
+	qsort(all, n, sizeof(*all), service_by_age);
+	m->n_without = n > room ? n - room : 0;
+	for (size_t i = 0; i < n; i++) {
+		struct in6_addr addr = range->addr;
+
+		slot = name_hash(all[i]->ns, all[i]->name) % room;
+		while (i < room && table_next(&taken, NULL, slot))
+			slot = (slot + 1) % room;
+		if (i < room)
+			table_add(&taken, &all[i]->taken, slot);
+		at = slot + first;
+		for (int byte = 15; at; byte--, at >>= 8)
+			addr.s6_addr[byte] |= at; /* which are zero in the range */
+		vip_set(m, all[i], i < room ? &addr : NULL);
 	}
-	vip_leave(m, s);
-	/* who lives between a hole and the first who would rather be in it is older
-	 * than that one: so he is the oldest who would, and one round is enough */
-	for (uint64_t at = (hole + 1) % room; at != s->slot && (o = vip_holder(m, at));
-	     at = (at + 1) % room)
-		if (vip_distance(m, o, hole) < vip_distance(m, o, at)) {
-			vip_leave(m, o);
-			vip_take(m, o, hole);
-			hole = at;
-		}
-	if (!m->n_without)
-		return;
-	TABLE_EACH (&m->services, l) {
-		o = (struct service *)l;
-		if (o != s && !o->vip && vip_wanted(m, o->spec) &&
-		    (!best || service_older(o, best)))
-			best = o;
-	}
-	if (best)
-		vip_take(m, best, hole);
-	m->n_without--;
+	free(taken.bucket);
+	free(all);
 }
 
 /* --- putting and deleting --------------------------------------------------- */
 static void service_change(struct model *m, struct service *s, struct object *new)
 {
-	bool had = vip_wanted(m, s->spec);
-	bool kept = had && vip_wanted(m, new) && new->created == s->spec->created;
+	bool had = vip_wanted(m, s->spec), wanted = vip_wanted(m, new);
 
-	if (had && !kept)
-		vip_release(m, s);
+	m->vips_changed |= had != wanted || (had && new->created != s->spec->created);
+	if (!wanted)
+		vip_set(m, s, NULL);
 	for (uint32_t i = 0; i < s->n_claims; i++)
 		claim_remove(m, &s->claims[i]);
 	free(s->claims);
@@ -2593,8 +2538,6 @@ static void service_change(struct model *m, struct service *s, struct object *ne
 	s->n_claims = 0;
 	if (new)
 		claims_build(m, s);
-	if (vip_wanted(m, new) && !kept)
-		vip_place(m, s);
 	model_dirty(m, s);
 }
 
@@ -2791,11 +2734,14 @@ static int model_check(struct model *m)
 	return got;
 }
 
-/* Call before model_next_dirty: says what concerns them all. */
+/* Call before model_next_dirty: does and says what concerns them all. */
 static void model_settle(struct model *m)
 {
 	char text[INET6_ADDRSTRLEN + 4];
 
+	if (m->vips_changed)
+		vips_deal(m);
+	m->vips_changed = false;
 	if (m->n_without && m->n_without != m->said_without)
 		note("--vip-range %s is full: the %zu youngest services have no address in it",
 		     cidr_text(&m->opt->vip_range, text), m->n_without);
