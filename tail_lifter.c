@@ -2641,7 +2641,7 @@ static void model_replace(struct model *m, struct object *old, struct object *ne
 		slice_move(m, was, false);
 	if (k == SLICES && is)
 		slice_move(m, is, true);
-	if (k == NODES)
+	if (k == NODES && any)
 		zone_change(m, is ? object_more(is) : "");
 	m->ranges_changed |= any && k == SERVICE_CIDRS;
 	m->n_of[k] += !!is - !!was;

@@ -608,6 +608,31 @@ static void test_bad_objects(void)
 	empty(&m);
 }
 
+/* Another Node, though bad, is none of ours. */
+static void test_bad_foreign_node(void)
+{
+	static const char ours[] = "{\"metadata\":{\"name\":\"pi4\",\"labels\":{"
+				   "\"topology.kubernetes.io/zone\":\"z1\"}}}";
+	static const char bad[] = "{\"metadata\":{\"name\":\"x\",\"labels\":5}}";
+	struct options o = { .node = "pi4" };
+	struct model m = { 0 };
+
+	model_init(&m, &o);
+	put_text(&m, NODES, ours, false);
+	check(put_text(&m, NODES, bad, false) == -1, "bad_node_is_bad", "taken");
+	check(!strcmp(m.places.zone, "z1"), "bad_foreign_node_leaves_the_zone", "%s", m.places.zone);
+	for (int there = 1; there >= 0; there--) {
+		model_mark(&m, NODES);
+		put_text(&m, NODES, ours, false);
+		if (there)
+			put_text(&m, NODES, bad, false);
+		model_sweep(&m, NODES);
+		check(!strcmp(m.places.zone, "z1"), "bad_foreign_node_leaves_the_zone_over_a_relist",
+		      "%s", m.places.zone);
+	}
+	empty(&m);
+}
+
 static void test_reserved_later(void)
 {
 	struct options o = { .node = "pi4", .has_vip_range = true };
@@ -839,6 +864,7 @@ int main(void)
 		test_churn(seed, seed % 3 == 0 ? "10.8.0.16/28" : "10.8.0.0/26",
 			   seed % 2 ? NULL : "a!=3");
 	test_bad_objects();
+	test_bad_foreign_node();
 	test_reserved_later();
 	test_ranges();
 	test_from_again();
