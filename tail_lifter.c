@@ -5253,7 +5253,7 @@ static int config_load(struct config *c, const char *origin)
 #define WAIT_ANSWER   60000  /* ms until an answer begins */
 #define WAIT_BODY     30000  /* ms without a byte of a list */
 #define WAIT_STREAM   5000   /* ms until initial events; some servers do not know them */
-#define WAIT_LIST     300000 /* ms for one whole answer that is no watch */
+#define WAIT_LIST     300000 /* ms for one whole list, all its pages */
 #define WAIT_CIDRS    5000   /* the same of ServiceCIDRs: the first sync waits */
 #define PROVEN	      5000   /* ms a watch must last to count as a success */
 #define PAUSE_LEAST   200
@@ -5267,7 +5267,7 @@ static int config_load(struct config *c, const char *origin)
 
 static const struct resource {
 	const char *word, *path, *select;
-	int most; /* ms for one whole answer that is no watch */
+	int most; /* ms for one whole list */
 } resources[N_KINDS] = {
 	[SERVICES] = { "services", "/api/v1/services", SELECTOR, WAIT_LIST },
 	[SLICES] = { "endpointslices", "/apis/discovery.k8s.io/v1/endpointslices", SELECTOR,
@@ -5297,6 +5297,7 @@ struct watch {
 	enum watch_ask ask;
 	enum kind kind;
 	int64_t since, deadline; /* of the state */
+	int64_t begun;		 /* when the list's first page was asked for */
 	int64_t until;		 /* when the server should have ended the watch */
 	int64_t least;		 /* of the next pause */
 	unsigned failures;	 /* in a row */
@@ -5476,6 +5477,7 @@ static void watch_request(struct api *a, struct watch *w)
 	const struct resource *r = &resources[w->kind];
 	struct buf target = { 0 };
 	unsigned seconds = 300 + random_bits() % 300;
+	int64_t left;
 
 	w->until = a->now + (seconds + 30) * 1000;
 	if (*w->rv)
@@ -5499,7 +5501,9 @@ static void watch_request(struct api *a, struct watch *w)
 	http_get(&w->text, strstr(a->config.source, "//") + 2, target.at,
 		 a->config.tls ? a->config.token.at : NULL);
 	buf_free(&target);
-	watch_enter(a, w, WATCH_ASKING, r->most < WAIT_ANSWER ? r->most : WAIT_ANSWER);
+	w->begun = w->more.len ? w->begun : a->now;
+	left = w->begun + r->most - a->now;
+	watch_enter(a, w, WATCH_ASKING, left < WAIT_ANSWER ? left : WAIT_ANSWER);
 	watch_write(a, w);
 }
 
@@ -5906,7 +5910,7 @@ static void watch_read(struct api *a, struct model *m, struct watch *w)
 		if (!watch_bytes(a, m, w, bytes, n > 0 ? n : 0))
 			return;
 		late = a->now + (w->state == WATCH_STREAMING ? WAIT_STREAM : WAIT_BODY);
-		most = w->since + resources[w->kind].most;
+		most = w->begun + resources[w->kind].most;
 		if (w->state > WATCH_ASKING && w->state < WATCH_FOLLOWING)
 			w->deadline = late < most ? late : most;
 	}
@@ -5983,6 +5987,8 @@ static void api_ready(struct api *a, struct model *m, enum kind kind, uint32_t e
 /* A state has lasted as long as it may. */
 static void watch_late(struct api *a, struct watch *w)
 {
+	const struct resource *r = &resources[w->kind];
+
 	if (w->state == WATCH_RESTING)
 		return watch_go(a, w);
 	if (w->state == WATCH_STREAMING) {
@@ -5998,7 +6004,10 @@ static void watch_late(struct api *a, struct watch *w)
 		     WAIT_CONNECT / 1000);
 		return watch_connect_next(a, w);
 	}
-	fail("the server does not go on answering about %s", resources[w->kind].word);
+	if (w->more.len && a->now >= w->begun + r->most)
+		fail("the list of %s does not end within %d s", r->word, r->most / 1000);
+	else
+		fail("the server does not go on answering about %s", r->word);
 	watch_fail(a, w);
 }
 
