@@ -109,6 +109,8 @@
 #define MAX_DEPTH    64		/* nesting of one object, itself being level 1 */
 #define MAX_NAME     253	/* a DNS subdomain, RFC 1123 */
 #define MAX_PORTNAME 63		/* a DNS label */
+#define MAX_SPREAD   16384	/* of a Service, see object_spread: each is walked through */
+#define MAX_MODEL    (128u << 20) /* bytes, see object_cost; 10,000 services with 100,000 endpoints cost 20 MiB */
 
 /* === saying things ========================================================
  * One fact a line, on stderr. A function that fails says why in `why` and
@@ -1629,6 +1631,19 @@ static const char *object_more(const struct object *o)
 	return text_after(object_name(o));
 }
 
+/* How many frontends, source ranges or backends it can make: one of each address and port. */
+static uint64_t object_spread(const struct object *o)
+{
+	return (uint64_t)(o->n_ports ? o->n_ports : 1) *
+		(o->n_cluster + o->n_external + o->n_lb + o->n_cidrs + o->n_endpoints);
+}
+
+/* Bytes that it takes, roughly, with all that is made of it. */
+static uint64_t object_cost(const struct object *o)
+{
+	return o->size + 256 + object_spread(o) * 64;
+}
+
 /* The first port of this number, by name: the others are not to be reached. */
 static const struct port *object_port(const struct object *o, const struct port *like)
 {
@@ -2122,6 +2137,8 @@ static void read_service(struct reader *r)
 	r->o.external_local = read_is(r, spec, "externalTrafficPolicy", "Local");
 	r->o.affinity = read_affinity(r, spec);
 	read_ports(r, spec);
+	if (object_spread(&r->o) > MAX_SPREAD)
+		flaw(r, spec, "ports", "times its addresses and source ranges are more than %d", MAX_SPREAD);
 }
 
 /* The hints, each with its kind before it. */
@@ -2265,6 +2282,8 @@ struct model { /* all zero, then model_init */
 	struct table objects, services, claims;
 	size_t n_of[N_KINDS]; /* objects that are not blank */
 	size_t n_bad;	     /* the others */
+	uint64_t cost;	     /* of all objects */
+	bool full[N_KINDS];  /* an object of the last list, or since, had no room */
 	struct service *dirty;
 	bool synced[N_KINDS];
 	uint16_t round[N_KINDS];		/* lists that were begun */
@@ -2645,20 +2664,23 @@ static void model_replace(struct model *m, struct object *old, struct object *ne
 		zone_change(m, is ? object_more(is) : "");
 	m->ranges_changed |= any && k == SERVICE_CIDRS;
 	m->n_of[k] += !!is - !!was;
+	m->cost += (new ? object_cost(new) : 0) - (old ? object_cost(old) : 0);
 	m->n_bad += (new && !is) - (old && !was);
 	if (old)
 		table_remove(&m->objects, &old->link);
 	free(old);
 }
 
-/* Takes what object_read made. Of a bad object the last good state stays, through
- * a relist too; it is remembered even if there is none. */
-static void model_store(struct model *m, struct object *o)
+/* Takes what object_read made: 0, or -1 with why. Of a bad object, or one that would make
+ * the model cost more than `most`, the last good state stays, through a relist too; a bad
+ * one is remembered even if there is none. */
+static int model_store(struct model *m, struct object *o, uint64_t most)
 {
 	const size_t from = offsetof(struct object, size);
 	struct object *old = object_find(m, o);
 	bool same = old && old->size == o->size &&
 		!memcmp((char *)old + from, (char *)o + from, o->size - from);
+	int got = o->bad ? -1 : 0;
 
 	o->blank |= o->kind == NODES && strcmp(object_name(o), m->places.node);
 	o->round = m->round[o->kind];
@@ -2668,7 +2690,15 @@ static void model_store(struct model *m, struct object *o)
 		old->round = o->round;
 		old->bad = o->bad;
 	}
-	if (!old && (!o->blank || (o->bad && m->n_bad < MAX_BAD))) {
+	if (!o->blank && m->cost + object_cost(o) - (old ? object_cost(old) : 0) > most) {
+		got = fail("%s %s%s%.400s has no room: what is known of all objects takes %u MiB; it and "
+			   "further ones are left out, or stay as they were", kinds[o->kind].name,
+			   object_text(o, 0), kinds[o->kind].namespaced ? "/" : "", object_name(o),
+			   MAX_MODEL >> 20);
+		m->repeated = m->full[o->kind];
+		m->full[o->kind] = true;
+		free(o);
+	} else if (!old && (!o->blank || (o->bad && m->n_bad < MAX_BAD))) {
 		model_replace(m, NULL, o);
 	} else if (old && !o->blank && !same) {
 		model_replace(m, old, o);
@@ -2677,18 +2707,15 @@ static void model_store(struct model *m, struct object *o)
 			model_replace(m, old, NULL);
 		free(o);
 	}
+	return got;
 }
 
-/* 0; or -1 with why, naming kind, namespace/name and field: the object is bad,
+/* 0; or -1 with why, naming kind, namespace/name and field: the object is bad, or too much,
  * its last good state stays. A text that json_parse refused comes here too, if
  * its stream is sound: what stands of it names it. */
 static int model_put(struct model *m, enum kind k, const struct json *j, int at)
 {
-	struct object *o = object_read(&m->filter, k, j, at);
-	int got = o->bad ? -1 : 0;
-
-	model_store(m, o);
-	return got;
+	return model_store(m, object_read(&m->filter, k, j, at), MAX_MODEL);
 }
 
 static void model_delete(struct model *m, enum kind k, const struct json *j, int at)
@@ -2698,14 +2725,14 @@ static void model_delete(struct model *m, enum kind k, const struct json *j, int
 	o->blank = true; /* it is as if it were ignored from now on */
 	o->bad = 0;
 	o->unnamed = false;
-	model_store(m, o);
+	model_store(m, o, MAX_MODEL);
 }
 
 /* A list begins. */
 static void model_mark(struct model *m, enum kind k)
 {
 	m->round[k]++;
-	m->unnamed[k] = false;
+	m->unnamed[k] = m->full[k] = false;
 }
 
 /* It is complete: what it did not bring goes, unless something in it could not
@@ -3324,6 +3351,7 @@ struct from {
 	struct json head, item;
 	struct buf got;		/* struct object *: the good ones, in their order */
 	size_t before;		/* got.len before the list at hand */
+	uint64_t cost;		/* of all that was got */
 	size_t n_seen;		/* objects and items so far, to name one by its place */
 	unsigned list;		/* which "items" of it the others are from */
 	struct buf kindless;	/* its items that do not say all of what they are */
@@ -3369,6 +3397,9 @@ static int from_object(struct from *f, const struct json *j, const char *kind)
 		return j->flaw ? fail("object %zu %s", f->n_seen, j->flaw) : 0;
 	o = object_read(&f->m->filter, k, j, 0);
 	buf_add(&f->got, &o, sizeof(o));
+	f->cost += object_cost(o);
+	if (f->cost > MAX_MODEL && !o->bad)
+		return fail("more objects than have room in %u MiB", MAX_MODEL >> 20);
 	return o->bad ? -1 : 0;
 }
 
@@ -3379,7 +3410,7 @@ static void from_give(struct from *f, size_t keep, bool good)
 		struct object *o = *(struct object **)(f->got.at + i);
 
 		if (good)
-			model_store(f->m, o);
+			model_store(f->m, o, UINT64_MAX); /* while the old ones are there too */
 		else
 			free(o);
 	}
@@ -5849,6 +5880,8 @@ static int watch_end(struct api *a, struct model *m, struct watch *w, bool clean
 			    resources[w->kind].word);
 	if (a->once && !w->more.len)
 		w->least = INT32_MAX; /* that was all */
+	if (w->state == WATCH_FOLLOWING && m->full[w->kind])
+		w->rv[0] = 0; /* there may be room now */
 	if (w->least || (w->state == WATCH_FOLLOWING && a->now - w->since < PROVEN))
 		return AGAIN;
 	if (!w->http.keeps || !clean)
