@@ -5551,6 +5551,19 @@ static void watch_connect(struct api *a, struct watch *w)
 	watch_fail(a, w);
 }
 
+/* The first address may be one that connects and does no more: each failure begins with the
+ * next one. */
+static void watch_connect_first(struct api *a, struct watch *w)
+{
+	struct in6_addr all[2 * MAX_ADDRESSES];
+
+	for (int i = 0; i < 2 * w->n_addrs; i++)
+		all[i] = w->addrs[i % w->n_addrs];
+	memcpy(w->addrs, all + w->failures % w->n_addrs, w->n_addrs * sizeof(*all));
+	w->addr = 0;
+	watch_connect(a, w);
+}
+
 /* `why` is what is wrong with this address: on to the next one. */
 static void watch_connect_next(struct api *a, struct watch *w)
 {
@@ -5587,7 +5600,7 @@ static void watch_resolved(struct api *a, struct watch *w)
 
 	w->n_addrs = n > 0 ? n / sizeof(*w->addrs) : 0;
 	if (w->n_addrs)
-		return watch_connect(a, w);
+		return watch_connect_first(a, w);
 	fail("the name %s has no address: ask DNS, or /etc/hosts", a->config.host);
 	watch_fail(a, w);
 }
@@ -5598,13 +5611,12 @@ static void watch_connect_new(struct api *a, struct watch *w)
 	int fds[2], child;
 
 	watch_close(a, w);
-	w->addr = 0;
 	w->n_addrs = addr_parse(host, strlen(host), w->addrs);
 	if (!strcmp(host, "localhost"))
 		w->n_addrs = addr_parse("127.0.0.1", 9, &w->addrs[0]) +
 			addr_parse("::1", 3, &w->addrs[1]);
 	if (w->n_addrs)
-		return watch_connect(a, w);
+		return watch_connect_first(a, w);
 	watch_enter(a, w, WATCH_RESOLVING, WAIT_CONNECT * 2);
 	if (pipe2(fds, O_CLOEXEC | O_NONBLOCK) || (child = fork()) < 0) {
 		fail("cannot look %s up: %s", host, strerror(errno));
