@@ -110,6 +110,8 @@
 #define MAX_DEPTH    64		/* nesting of one object, itself being level 1 */
 #define MAX_NAME     253	/* a DNS subdomain, RFC 1123 */
 #define MAX_PORTNAME 63		/* a DNS label */
+#define MAX_SPREAD   16384	/* of a Service, see object_spread: each is walked through */
+#define MAX_MODEL    (128u << 20) /* bytes, see object_cost; 10,000 services with 100,000 endpoints cost 20 MiB */
 
 /* === saying things ========================================================
  * One fact a line, on stderr. A function that fails says why in `why` and
@@ -1640,6 +1642,19 @@ static const char *object_more(const struct object *o)
 	return text_after(object_name(o));
 }
 
+/* How many frontends, source ranges or backends it can make: one of each address and port. */
+static uint64_t object_spread(const struct object *o)
+{
+	return (uint64_t)(o->n_ports ? o->n_ports : 1) *
+		(o->n_cluster + o->n_external + o->n_lb + o->n_cidrs + o->n_endpoints);
+}
+
+/* Bytes that it takes, roughly, with all that is made of it. */
+static uint64_t object_cost(const struct object *o)
+{
+	return o->size + 256 + object_spread(o) * 64;
+}
+
 /* The first port of this number, by name: the others are not to be reached. */
 static const struct port *object_port(const struct object *o, const struct port *like)
 {
@@ -2133,6 +2148,8 @@ static void read_service(struct reader *r)
 	r->o.external_local = read_is(r, spec, "externalTrafficPolicy", "Local");
 	r->o.affinity = read_affinity(r, spec);
 	read_ports(r, spec);
+	if (object_spread(&r->o) > MAX_SPREAD)
+		flaw(r, spec, "ports", "times its addresses and source ranges are more than %d", MAX_SPREAD);
 }
 
 /* The hints, each with its kind before it. */
@@ -2275,6 +2292,8 @@ struct model { /* all zero, then model_init */
 	struct table objects, services, claims;
 	size_t n_of[N_KINDS]; /* objects that are not blank */
 	size_t n_bad;	     /* the others */
+	uint64_t cost;	     /* of all objects */
+	bool full[N_KINDS];  /* an object of the last list, or since, had no room */
 	struct service *dirty;
 	bool synced[N_KINDS];
 	uint16_t round[N_KINDS];		/* lists that were begun */
@@ -2595,24 +2614,27 @@ static void model_replace(struct model *m, struct object *old, struct object *ne
 		slice_move(m, was, false);
 	if (k == SLICES && is)
 		slice_move(m, is, true);
-	if (k == NODES)
+	if (k == NODES && any)
 		zone_change(m, is ? object_more(is) : "");
 	m->ranges_changed |= any && k == SERVICE_CIDRS;
 	m->n_of[k] += !!is - !!was;
+	m->cost += (new ? object_cost(new) : 0) - (old ? object_cost(old) : 0);
 	m->n_bad += (new && !is) - (old && !was);
 	if (old)
 		table_remove(&m->objects, &old->link);
 	free(old);
 }
 
-/* Takes what object_read made. Of a bad object the last good state stays, through
- * a relist too; it is remembered even if there is none. */
-static void model_store(struct model *m, struct object *o)
+/* Takes what object_read made: 0, or -1 with why. Of a bad object, or one that would make
+ * the model cost more than `most`, the last good state stays, through a relist too; a bad
+ * one is remembered even if there is none. */
+static int model_store(struct model *m, struct object *o, uint64_t most)
 {
 	const size_t from = offsetof(struct object, size);
 	struct object *old = object_find(m, o);
 	bool same = old && old->size == o->size &&
 		!memcmp((char *)old + from, (char *)o + from, o->size - from);
+	int got = o->bad ? -1 : 0;
 
 	o->blank |= o->kind == NODES && strcmp(object_name(o), m->places.node);
 	o->round = m->round[o->kind];
@@ -2622,7 +2644,15 @@ static void model_store(struct model *m, struct object *o)
 		old->round = o->round;
 		old->bad = o->bad;
 	}
-	if (!old && (!o->blank || (o->bad && m->n_bad < MAX_BAD))) {
+	if (!o->blank && m->cost + object_cost(o) - (old ? object_cost(old) : 0) > most) {
+		got = fail("%s %s%s%.400s has no room: what is known of all objects takes %u MiB; it and "
+			   "further ones are left out, or stay as they were", kinds[o->kind].name,
+			   object_text(o, 0), kinds[o->kind].namespaced ? "/" : "", object_name(o),
+			   MAX_MODEL >> 20);
+		m->repeated = m->full[o->kind];
+		m->full[o->kind] = true;
+		free(o);
+	} else if (!old && (!o->blank || (o->bad && m->n_bad < MAX_BAD))) {
 		model_replace(m, NULL, o);
 	} else if (old && !o->blank && !same) {
 		model_replace(m, old, o);
@@ -2631,18 +2661,15 @@ static void model_store(struct model *m, struct object *o)
 			model_replace(m, old, NULL);
 		free(o);
 	}
+	return got;
 }
 
-/* 0; or -1 with why, naming kind, namespace/name and field: the object is bad,
+/* 0; or -1 with why, naming kind, namespace/name and field: the object is bad, or too much,
  * its last good state stays. A text that json_parse refused comes here too, if
  * its stream is sound: what stands of it names it. */
 static int model_put(struct model *m, enum kind k, const struct json *j, int at)
 {
-	struct object *o = object_read(&m->filter, k, j, at);
-	int got = o->bad ? -1 : 0;
-
-	model_store(m, o);
-	return got;
+	return model_store(m, object_read(&m->filter, k, j, at), MAX_MODEL);
 }
 
 static void model_delete(struct model *m, enum kind k, const struct json *j, int at)
@@ -2652,14 +2679,14 @@ static void model_delete(struct model *m, enum kind k, const struct json *j, int
 	o->blank = true; /* it is as if it were ignored from now on */
 	o->bad = 0;
 	o->unnamed = false;
-	model_store(m, o);
+	model_store(m, o, MAX_MODEL);
 }
 
 /* A list begins. */
 static void model_mark(struct model *m, enum kind k)
 {
 	m->round[k]++;
-	m->unnamed[k] = false;
+	m->unnamed[k] = m->full[k] = false;
 }
 
 /* It is complete: what it did not bring goes, unless something in it could not
@@ -3281,6 +3308,7 @@ struct from {
 	struct json head, item;
 	struct buf got;		/* struct object *: the good ones, in their order */
 	size_t before;		/* got.len before the list at hand */
+	uint64_t cost;		/* of all that was got */
 	size_t n_seen;		/* objects and items so far, to name one by its place */
 	unsigned list;		/* which "items" of it the others are from */
 	struct buf kindless;	/* its items that do not say all of what they are */
@@ -3326,6 +3354,9 @@ static int from_object(struct from *f, const struct json *j, const char *kind)
 		return j->flaw ? fail("object %zu %s", f->n_seen, j->flaw) : 0;
 	o = object_read(&f->m->filter, k, j, 0);
 	buf_add(&f->got, &o, sizeof(o));
+	f->cost += object_cost(o);
+	if (f->cost > MAX_MODEL && !o->bad)
+		return fail("more objects than have room in %u MiB", MAX_MODEL >> 20);
 	return o->bad ? -1 : 0;
 }
 
@@ -3336,7 +3367,7 @@ static void from_give(struct from *f, size_t keep, bool good)
 		struct object *o = *(struct object **)(f->got.at + i);
 
 		if (good)
-			model_store(f->m, o);
+			model_store(f->m, o, UINT64_MAX); /* while the old ones are there too */
 		else
 			free(o);
 	}
@@ -5218,7 +5249,7 @@ static int config_load(struct config *c, const char *origin)
 #define WAIT_ANSWER   60000  /* ms until an answer begins */
 #define WAIT_BODY     30000  /* ms without a byte of a list */
 #define WAIT_STREAM   5000   /* ms until initial events; some servers do not know them */
-#define WAIT_LIST     300000 /* ms for one whole answer that is no watch */
+#define WAIT_LIST     300000 /* ms for one whole list, all its pages */
 #define WAIT_CIDRS    5000   /* the same of ServiceCIDRs: the first sync waits */
 #define PROVEN	      5000   /* ms a watch must last to count as a success */
 #define PAUSE_LEAST   200
@@ -5232,7 +5263,7 @@ static int config_load(struct config *c, const char *origin)
 
 static const struct resource {
 	const char *word, *path, *select;
-	int most; /* ms for one whole answer that is no watch */
+	int most; /* ms for one whole list */
 } resources[N_KINDS] = {
 	[SERVICES] = { "services", "/api/v1/services", SELECTOR, WAIT_LIST },
 	[SLICES] = { "endpointslices", "/apis/discovery.k8s.io/v1/endpointslices", SELECTOR,
@@ -5262,6 +5293,7 @@ struct watch {
 	enum watch_ask ask;
 	enum kind kind;
 	int64_t since, deadline; /* of the state */
+	int64_t begun;		 /* when the list's first page was asked for */
 	int64_t until;		 /* when the server should have ended the watch */
 	int64_t least;		 /* of the next pause */
 	unsigned failures;	 /* in a row */
@@ -5441,6 +5473,7 @@ static void watch_request(struct api *a, struct watch *w)
 	const struct resource *r = &resources[w->kind];
 	struct buf target = { 0 };
 	unsigned seconds = 300 + random_bits() % 300;
+	int64_t left;
 
 	w->until = a->now + (seconds + 30) * 1000;
 	if (*w->rv)
@@ -5464,7 +5497,9 @@ static void watch_request(struct api *a, struct watch *w)
 	http_get(&w->text, strstr(a->config.source, "//") + 2, target.at,
 		 a->config.tls ? a->config.token.at : NULL);
 	buf_free(&target);
-	watch_enter(a, w, WATCH_ASKING, r->most < WAIT_ANSWER ? r->most : WAIT_ANSWER);
+	w->begun = w->more.len ? w->begun : a->now;
+	left = w->begun + r->most - a->now;
+	watch_enter(a, w, WATCH_ASKING, left < WAIT_ANSWER ? left : WAIT_ANSWER);
 	watch_write(a, w);
 }
 
@@ -5479,6 +5514,19 @@ static void watch_connect(struct api *a, struct watch *w)
 		if (!tls_connect(&w->tls, c->trust, &w->addrs[w->addr], c->port, c->name))
 			return watch_arm(a, w);
 	watch_fail(a, w);
+}
+
+/* The first address may be one that connects and does no more: each failure begins with the
+ * next one. */
+static void watch_connect_first(struct api *a, struct watch *w)
+{
+	struct in6_addr all[2 * MAX_ADDRESSES];
+
+	for (int i = 0; i < 2 * w->n_addrs; i++)
+		all[i] = w->addrs[i % w->n_addrs];
+	memcpy(w->addrs, all + w->failures % w->n_addrs, w->n_addrs * sizeof(*all));
+	w->addr = 0;
+	watch_connect(a, w);
 }
 
 /* `why` is what is wrong with this address: on to the next one. */
@@ -5517,7 +5565,7 @@ static void watch_resolved(struct api *a, struct watch *w)
 
 	w->n_addrs = n > 0 ? n / sizeof(*w->addrs) : 0;
 	if (w->n_addrs)
-		return watch_connect(a, w);
+		return watch_connect_first(a, w);
 	fail("the name %s has no address: ask DNS, or /etc/hosts", a->config.host);
 	watch_fail(a, w);
 }
@@ -5528,13 +5576,12 @@ static void watch_connect_new(struct api *a, struct watch *w)
 	int fds[2] = { 0, -1 }, child;
 
 	watch_close(a, w);
-	w->addr = 0;
 	w->n_addrs = addr_parse(host, strlen(host), w->addrs);
 	if (!strcmp(host, "localhost"))
 		w->n_addrs = addr_parse("127.0.0.1", 9, &w->addrs[0]) +
 			addr_parse("::1", 3, &w->addrs[1]);
 	if (w->n_addrs)
-		return watch_connect(a, w);
+		return watch_connect_first(a, w);
 	watch_enter(a, w, WATCH_RESOLVING, WAIT_CONNECT * 2);
 	child = pipe2(fds, O_CLOEXEC | O_NONBLOCK) ? -1 : fork();
 	if (!child)
@@ -5811,6 +5858,8 @@ static int watch_end(struct api *a, struct model *m, struct watch *w, bool clean
 			    resources[w->kind].word);
 	if (a->once && !w->more.len)
 		w->least = INT32_MAX; /* that was all */
+	if (w->state == WATCH_FOLLOWING && m->full[w->kind])
+		w->rv[0] = 0; /* there may be room now */
 	if (w->least || (w->state == WATCH_FOLLOWING && a->now - w->since < PROVEN))
 		return AGAIN;
 	if (!w->http.keeps || !clean)
@@ -5872,7 +5921,7 @@ static void watch_read(struct api *a, struct model *m, struct watch *w)
 		if (!watch_bytes(a, m, w, bytes, n > 0 ? n : 0))
 			return;
 		late = a->now + (w->state == WATCH_STREAMING ? WAIT_STREAM : WAIT_BODY);
-		most = w->since + resources[w->kind].most;
+		most = w->begun + resources[w->kind].most;
 		if (w->state > WATCH_ASKING && w->state < WATCH_FOLLOWING)
 			w->deadline = late < most ? late : most;
 	}
@@ -5949,6 +5998,8 @@ static void api_ready(struct api *a, struct model *m, enum kind kind, uint32_t e
 /* A state has lasted as long as it may. */
 static void watch_late(struct api *a, struct watch *w)
 {
+	const struct resource *r = &resources[w->kind];
+
 	if (w->state == WATCH_RESTING)
 		return watch_go(a, w);
 	if (w->state == WATCH_STREAMING) {
@@ -5964,7 +6015,10 @@ static void watch_late(struct api *a, struct watch *w)
 		     WAIT_CONNECT / 1000);
 		return watch_connect_next(a, w);
 	}
-	fail("the server does not go on answering about %s", resources[w->kind].word);
+	if (w->more.len && a->now >= w->begun + r->most)
+		fail("the list of %s does not end within %d s", r->word, r->most / 1000);
+	else
+		fail("the server does not go on answering about %s", r->word);
 	watch_fail(a, w);
 }
 

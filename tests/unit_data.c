@@ -435,6 +435,7 @@ static void empty(struct model *m)
 	for (enum kind k = 0; k < N_KINDS; k++)
 		check(!m->n_of[k], "nothing_is_left", "%zu of kind %d", m->n_of[k], k);
 	check(!m->n_bad, "nothing_is_left", "%zu bad ones", m->n_bad);
+	check(!m->cost, "nothing_is_left", "a cost of %llu", (unsigned long long)m->cost);
 	free(m->services.bucket);
 	free(m->objects.bucket);
 	free(m->claims.bucket);
@@ -605,6 +606,115 @@ static void test_bad_objects(void)
 	check(m.n_bad <= MAX_BAD, "bad_objects_are_bounded", "%zu", m.n_bad);
 	model_mark(&m, SERVICES);
 	model_sweep(&m, SERVICES);
+	empty(&m);
+}
+
+/* Another Node, though bad, is none of ours. */
+static void test_bad_foreign_node(void)
+{
+	static const char ours[] = "{\"metadata\":{\"name\":\"pi4\",\"labels\":{"
+				   "\"topology.kubernetes.io/zone\":\"z1\"}}}";
+	static const char bad[] = "{\"metadata\":{\"name\":\"x\",\"labels\":5}}";
+	struct options o = { .node = "pi4" };
+	struct model m = { 0 };
+
+	model_init(&m, &o);
+	put_text(&m, NODES, ours, false);
+	check(put_text(&m, NODES, bad, false) == -1, "bad_node_is_bad", "taken");
+	check(!strcmp(m.places.zone, "z1"), "bad_foreign_node_leaves_the_zone", "%s", m.places.zone);
+	for (int there = 1; there >= 0; there--) {
+		model_mark(&m, NODES);
+		put_text(&m, NODES, ours, false);
+		if (there)
+			put_text(&m, NODES, bad, false);
+		model_sweep(&m, NODES);
+		check(!strcmp(m.places.zone, "z1"), "bad_foreign_node_leaves_the_zone_over_a_relist",
+		      "%s", m.places.zone);
+	}
+	empty(&m);
+}
+
+/* A Service may make so many frontends, by ports, addresses and source ranges; one more is bad. */
+static void test_spread(void)
+{
+	static const struct {
+		const char *name;
+		int ports, ips, sources;
+		bool good;
+	} rows[] = {
+		{ "ports", MAX_SPREAD, 0, 0, true },	    { "a_port_more", MAX_SPREAD + 1, 0, 0, false },
+		{ "addresses", 128, 127, 0, true },	    { "an_address_more", 128, 128, 0, false },
+		{ "sources", 128, 0, 127, true },	    { "a_source_more", 128, 0, 128, false },
+		{ "no_port", 0, MAX_SPREAD - 1, 0, true },  { "no_port_an_address_more", 0, MAX_SPREAD, 0, false },
+	};
+	struct options o = { .node = "pi4" };
+
+	for (size_t i = 0; i < ARRAY_SIZE(rows); i++) {
+		struct model m = { 0 };
+		struct buf b = { 0 };
+		int got;
+
+		model_init(&m, &o);
+		buf_printf(&b, "{\"metadata\":{\"name\":\"a\"},\"spec\":{\"clusterIP\":\"10.43.0.1\",\"ports\":[");
+		for (int k = 0; k < rows[i].ports; k++)
+			buf_printf(&b, "%s{\"name\":\"p%d\",\"port\":%d}", k ? "," : "", k, k + 1);
+		buf_printf(&b, "],\"externalIPs\":[");
+		for (int k = 0; k < rows[i].ips; k++)
+			buf_printf(&b, "%s\"10.9.%d.%d\"", k ? "," : "", k >> 8, k & 255);
+		buf_printf(&b, "],\"loadBalancerSourceRanges\":[");
+		for (int k = 0; k < rows[i].sources; k++)
+			buf_printf(&b, "%s\"10.%d.0.0/16\"", k ? "," : "", k);
+		buf_printf(&b, "]}}");
+		got = put_text(&m, SERVICES, b.at, false);
+		check(!got == rows[i].good && (rows[i].good || strstr(why, "Service default/a: spec.ports times")),
+		      "spread", "%s: %s", rows[i].name, why);
+		check(m.n_of[SERVICES] == rows[i].good, "spread", "%s: kept", rows[i].name);
+		buf_free(&b);
+		empty(&m);
+	}
+}
+
+/* All is counted, and not counted any more; what has no room changes nothing that is there. */
+static void test_room(void)
+{
+	static const char small[] = "{\"metadata\":{\"name\":\"%s\"},\"spec\":{\"clusterIP\":\"10.43.0.1\",\"ports\":[{\"port\":80}]}}";
+	struct options o = { .node = "pi4" };
+	struct model m = { 0 };
+	struct json j = { 0 };
+	struct object *big;
+	char text[256];
+	uint64_t cost;
+	size_t n;
+
+	model_init(&m, &o);
+	snprintf(text, sizeof(text), small, "a");
+	json_parse(&j, text, strlen(text));
+	for (int change = 0; change < 2; change++) {
+		put_text(&m, SERVICES, text, false);
+		cost = m.cost;
+		big = object_read(&m.filter, SERVICES, &j, 0);
+		big->created = 1; /* another, of the same cost */
+		check(!model_store(&m, big, cost), "room_for_one_as_large", "%s", why);
+		snprintf(text, sizeof(text), small, "b");
+		json_parse(&j, text, strlen(text));
+		big = object_read(&m.filter, SERVICES, &j, 0);
+		check(model_store(&m, big, cost) == -1 && !strncmp(why, "Service default/b has no room", 29),
+		      "no_room", "%s", why);
+		check(m.repeated == change && m.full[SERVICES] && m.cost == cost, "no_room_is_said_once", "%d", change);
+		snprintf(text, sizeof(text), small, "a");
+		json_parse(&j, text, strlen(text));
+	}
+	model_mark(&m, SERVICES);
+	check(!m.full[SERVICES], "room_is_asked_for_again_by_each_list", "full");
+	snprintf(text, sizeof(text), "{\"metadata\":{\"name\":\"a\"},\"spec\":{\"clusterIP\":\"10.43.0.1\","
+		 "\"ports\":[{\"port\":80},{\"name\":\"more\",\"port\":81}]}}");
+	json_parse(&j, text, strlen(text));
+	big = object_read(&m.filter, SERVICES, &j, 0);
+	check(model_store(&m, big, cost) == -1 && !m.repeated, "no_room_to_grow", "%s", why);
+	model_sweep(&m, SERVICES);
+	free(model_sorted(&m, &n));
+	check(n == 1 && m.cost == cost, "no_room_keeps_the_last_good_state_over_a_relist", "%zu", n);
+	free(j.tok);
 	empty(&m);
 }
 
@@ -839,6 +949,9 @@ int main(void)
 		test_churn(seed, seed % 3 == 0 ? "10.8.0.16/28" : "10.8.0.0/26",
 			   seed % 2 ? NULL : "a!=3");
 	test_bad_objects();
+	test_bad_foreign_node();
+	test_spread();
+	test_room();
 	test_reserved_later();
 	test_ranges();
 	test_from_again();
