@@ -318,7 +318,7 @@ static socklen_t addr_socket(struct sockaddr_storage *to, int family, const stru
  * /16 has 112). */
 struct cidr {
 	struct in6_addr addr;
-	uint8_t bits;
+	int bits; /* so wide, for no gap: two are compared as bytes */
 };
 
 /* Clears the bits of `a` behind the first `bits`. */
