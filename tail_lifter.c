@@ -331,7 +331,7 @@ static socklen_t addr_socket(struct sockaddr_storage *to, int family, const stru
  * /16 has 112). */
 struct cidr {
 	struct in6_addr addr;
-	uint8_t bits;
+	int bits; /* so wide, for no gap: two are compared as bytes */
 };
 
 /* Clears the bits of `a` behind the first `bits`. */
@@ -1587,7 +1587,7 @@ struct object {
 	uint16_t round;		/* of lists: the last one it stood in */
 	uint8_t kind;
 	bool unnamed; /* its name is not known: the line about it stands for that */
-	uint32_t size;
+	_Alignas(8) uint32_t size; /* on 32 bits too: no gap, and none at the end */
 	uint32_t blank : 1;  /* nothing but its name: bad, or ignored by rule 1 and the like */
 	uint32_t served : 1; /* --selector and --namespace take it */
 	uint32_t internal_local : 1, external_local : 1, v4 : 1, n_cluster : 2, affinity : 25;
@@ -1598,7 +1598,7 @@ struct object {
 	struct in6_addr at[];
 };
 
-_Static_assert(offsetof(struct object, at) - offsetof(struct object, size) == 32, "no gaps");
+_Static_assert(sizeof(struct object) - offsetof(struct object, size) == 32, "no gaps");
 
 /* An endpoint in a slice: a byte of conditions, 4 or 16 of address, then texts: its
  * node; with ENDPOINT_HINTS those ("zZONE" or "nNODE"), and an empty one. Of two with
