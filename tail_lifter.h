@@ -37,8 +37,8 @@ struct tl_addr {
 	__be32 w[4];
 };
 
-/* svc_map: a frontend. An address that has frontends stands there once more
- * with port 0 and protocol 0: a port that misses is then refused, not passed. */
+/* svc_map: a frontend. An address that has frontends of TL_INTERNAL stands there once
+ * more with port 0 and protocol 0: a port that misses is then refused, not passed. */
 struct tl_svc_key {
 	struct tl_addr addr;
 	__be16 port;
