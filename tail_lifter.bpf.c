@@ -111,7 +111,7 @@ struct {
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, TL_FRAGMENTS);
-	__type(key, struct tl_frag_key);
+	__type(key, struct tl_tuple);
 	__type(value, struct tl_frag);
 } frag_map SEC(".maps");
 
@@ -311,29 +311,28 @@ static __attribute__((noinline)) int parse_ip(struct __sk_buff *skb, struct pack
 }
 
 /* The same fragments in the same direction: address pair, protocol, IP id. */
-__inline_always void fragment_key(const struct packet *p, struct tl_frag_key *key)
+__inline_always void fragment_key(const struct packet *p, struct tl_tuple *key)
 {
-	key->src = p->tuple.src;
-	key->dst = p->tuple.dst;
-	key->id = p->frag_id;
-	key->proto = p->v6 ? 0 : p->tuple.proto; /* RFC 8200: an id stands without protocol */
-	key->dir = p->tuple.dir;
-	key->zero = 0;
+	*key = p->tuple;
+	__builtin_memcpy(&key->sport, &p->frag_id, 4);
+	if (p->v6)
+		key->proto = 0; /* RFC 8200: an id stands without protocol */
 }
 
-/* The ports of a later fragment are those its first one left. */
-__inline_always int ports_of_fragment(struct packet *p)
+/* Of a later fragment: what its first one left, if that was lately: ids come again. */
+__inline_always bool know_fragment(struct packet *p)
 {
-	struct tl_frag_key key;
-	struct tl_frag *ports;
+	struct tl_frag *first;
+	struct tl_tuple key;
 
 	fragment_key(p, &key);
-	ports = bpf_map_lookup_elem(&frag_map, &key);
-	if (!ports)
-		return TL_FRAGMENT;
-	p->tuple.sport = ports->sport;
-	p->tuple.dport = ports->dport;
-	return 0;
+	first = bpf_map_lookup_elem(&frag_map, &key);
+	if (!first || (__u32)bpf_jiffies64() - first->seen > TL_FRAGMENT_LIFE * (__u32)tl_hz)
+		return false;
+	p->tuple.sport = first->sport;
+	p->tuple.dport = first->dport;
+	p->tuple.proto = first->proto; /* IPv6 says what follows the fragment header: perhaps another header */
+	return true;
 }
 
 /* Completes the tuple; 0, or why it cannot be. TCP, UDP and SCTP all begin with
@@ -345,11 +344,13 @@ __inline_always int parse_ports(struct __sk_buff *skb, struct packet *p)
 
 	if (p->odd || p->end > skb->len)
 		return TL_BAD_HEADER;
+	if (p->later && know_fragment(p))
+		return 0;
 	if (p->tuple.proto != IPPROTO_TCP && p->tuple.proto != IPPROTO_UDP &&
 	    p->tuple.proto != IPPROTO_SCTP)
 		return TL_PROTOCOL;
 	if (p->later)
-		return ports_of_fragment(p);
+		return TL_FRAGMENT;
 	if (p->l4 + (p->tuple.proto == IPPROTO_TCP ? sizeof(struct tcphdr) : sizeof(struct udphdr)) > p->end ||
 	    bpf_skb_load_bytes(skb, p->l4, ports, sizeof(ports)))
 		return TL_BAD_HEADER;
@@ -759,13 +760,13 @@ static __attribute__((noinline)) int clamp_mss(struct __sk_buff *skb, const stru
 static __attribute__((noinline)) int translate(struct __sk_buff *skb, struct packet *p, const struct tl_flow *flow,
 					       int done)
 {
-	struct tl_frag ports = { p->tuple.sport, p->tuple.dport };
-	struct tl_frag_key key;
+	struct tl_frag first = { p->tuple.sport, p->tuple.dport, bpf_jiffies64(), p->tuple.proto };
+	struct tl_tuple key;
 	int reason;
 
 	if (p->fragment && !p->later) {
 		fragment_key(p, &key);
-		bpf_map_update_elem(&frag_map, &key, &ports, BPF_ANY);
+		bpf_map_update_elem(&frag_map, &key, &first, BPF_ANY);
 	}
 	reason = write_packet(skb, p, flow);
 	if (!reason && p->syn && p->tuple.dir <= TL_REPLY)
