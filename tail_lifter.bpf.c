@@ -213,6 +213,34 @@ __inline_always void parse_end(struct __sk_buff *skb, struct packet *p, __u32 le
 	p->end = len || skb->len - p->l3 <= 0xffff ? p->l3 + len : skb->len;
 }
 
+/* Where, from `at` to `end`, is the option of this kind (of IPv4 or TCP, which write them alike)?
+ * 0: nowhere, or behind TL_OPTIONS others. */
+static __attribute__((noinline)) int find_option(struct __sk_buff *skb, __u32 at, __u32 end, __u8 kind)
+{
+	__u8 opt[2];
+
+	for (int i = 0; i < TL_OPTIONS; i++, at += opt[0] == 1 ? 1 : opt[1]) { /* 1: NOP, a byte alone */
+		if (at + sizeof(opt) > end || bpf_skb_load_bytes(skb, at, opt, sizeof(opt)) || !opt[0])
+			return 0;
+		if (opt[0] != 1 && (opt[1] < 2 || at + opt[1] > end))
+			return 0;
+		if (opt[0] == kind)
+			return at;
+	}
+	return 0;
+}
+
+/* Has it a source route that is not used up? Then this is not its destination, and its
+ * transport's checksum is over another. */
+__inline_always bool is_on_the_way(struct __sk_buff *skb, __u32 at, __u32 end)
+{
+	__u32 loose = find_option(skb, at, end, 131), strict = find_option(skb, at, end, 137);
+	__u8 opt[3]; /* kind, length, pointer: behind the length when it is used up */
+
+	at = loose ? loose : strict;
+	return at && !bpf_skb_load_bytes(skb, at, opt, sizeof(opt)) && opt[2] <= opt[1];
+}
+
 __inline_always int parse_v4(struct __sk_buff *skb, struct packet *p, const struct iphdr *ip)
 {
 	__u32 ihl = ip->ihl * 4, frag = bpf_ntohs(ip->frag_off) & 0x3fff;
@@ -224,6 +252,7 @@ __inline_always int parse_v4(struct __sk_buff *skb, struct packet *p, const stru
 	map_v4(&p->tuple.dst, ip->daddr);
 	p->tuple.proto = ip->protocol;
 	p->l4 = p->l3 + ihl;
+	p->odd = ihl > sizeof(*ip) && is_on_the_way(skb, p->l3 + sizeof(*ip), p->l4);
 	p->frag_id = ip->id;
 	p->fragment = frag;
 	p->later = frag & 0x1fff;
@@ -724,7 +753,7 @@ __inline_always void forget_flow(const struct tl_tuple *t, const struct tl_flow 
  * that do not fit would be cut up or lost. */
 static __attribute__((noinline)) int clamp_mss(struct __sk_buff *skb, const struct packet *p)
 {
-	__u32 key = skb->ifindex, at = p->l4 + sizeof(struct tcphdr), most;
+	__u32 key = skb->ifindex, at, most;
 	struct tl_door *door = bpf_map_lookup_elem(&door_map, &key);
 	__be16 old, new;
 	__u8 opt[4], doff;
@@ -732,14 +761,9 @@ static __attribute__((noinline)) int clamp_mss(struct __sk_buff *skb, const stru
 	if (!door || door->mtu < 128 || bpf_skb_load_bytes(skb, p->l4 + 12, &doff, 1))
 		return 0;
 	most = door->mtu - (p->v6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr)) - sizeof(struct tcphdr);
-	for (int i = 0; i < TL_OPTIONS; i++, at += opt[0] == 1 ? 1 : opt[1]) { /* 1: NOP, a byte alone */
-		if (at + sizeof(opt) > p->l4 + (doff >> 4) * 4 || bpf_skb_load_bytes(skb, at, opt, sizeof(opt)) ||
-		    !opt[0] || (opt[0] != 1 && opt[1] < 2))
-			return 0;
-		if (opt[0] == 2 && opt[1] == sizeof(opt))
-			break;
-	}
-	if (opt[0] != 2 || opt[1] != sizeof(opt) || (__u32)(opt[2] << 8 | opt[3]) <= most)
+	at = find_option(skb, p->l4 + sizeof(struct tcphdr), p->l4 + (doff >> 4) * 4, 2);
+	if (!at || bpf_skb_load_bytes(skb, at, opt, sizeof(opt)) || opt[1] != sizeof(opt) ||
+	    (__u32)(opt[2] << 8 | opt[3]) <= most)
 		return 0;
 	old = bpf_htons(opt[2] << 8 | opt[3]);
 	new = bpf_htons(most);
