@@ -111,7 +111,7 @@ struct {
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, TL_FRAGMENTS);
-	__type(key, struct tl_frag_key);
+	__type(key, struct tl_tuple);
 	__type(value, struct tl_frag);
 } frag_map SEC(".maps");
 
@@ -213,6 +213,34 @@ __inline_always void parse_end(struct __sk_buff *skb, struct packet *p, __u32 le
 	p->end = len || skb->len - p->l3 <= 0xffff ? p->l3 + len : skb->len;
 }
 
+/* Where, from `at` to `end`, is the option of this kind (of IPv4 or TCP, which write them alike)?
+ * 0: nowhere, or behind TL_OPTIONS others. */
+static __attribute__((noinline)) int find_option(struct __sk_buff *skb, __u32 at, __u32 end, __u8 kind)
+{
+	__u8 opt[2];
+
+	for (int i = 0; i < TL_OPTIONS; i++, at += opt[0] == 1 ? 1 : opt[1]) { /* 1: NOP, a byte alone */
+		if (at + sizeof(opt) > end || bpf_skb_load_bytes(skb, at, opt, sizeof(opt)) || !opt[0])
+			return 0;
+		if (opt[0] != 1 && (opt[1] < 2 || at + opt[1] > end))
+			return 0;
+		if (opt[0] == kind)
+			return at;
+	}
+	return 0;
+}
+
+/* Has it a source route that is not used up? Then this is not its destination, and its
+ * transport's checksum is over another. */
+__inline_always bool is_on_the_way(struct __sk_buff *skb, __u32 at, __u32 end)
+{
+	__u32 loose = find_option(skb, at, end, 131), strict = find_option(skb, at, end, 137);
+	__u8 opt[3]; /* kind, length, pointer: behind the length when it is used up */
+
+	at = loose ? loose : strict;
+	return at && !bpf_skb_load_bytes(skb, at, opt, sizeof(opt)) && opt[2] <= opt[1];
+}
+
 __inline_always int parse_v4(struct __sk_buff *skb, struct packet *p, const struct iphdr *ip)
 {
 	__u32 ihl = ip->ihl * 4, frag = bpf_ntohs(ip->frag_off) & 0x3fff;
@@ -224,6 +252,7 @@ __inline_always int parse_v4(struct __sk_buff *skb, struct packet *p, const stru
 	map_v4(&p->tuple.dst, ip->daddr);
 	p->tuple.proto = ip->protocol;
 	p->l4 = p->l3 + ihl;
+	p->odd = ihl > sizeof(*ip) && is_on_the_way(skb, p->l3 + sizeof(*ip), p->l4);
 	p->frag_id = ip->id;
 	p->fragment = frag;
 	p->later = frag & 0x1fff;
@@ -311,29 +340,28 @@ static __attribute__((noinline)) int parse_ip(struct __sk_buff *skb, struct pack
 }
 
 /* The same fragments in the same direction: address pair, protocol, IP id. */
-__inline_always void fragment_key(const struct packet *p, struct tl_frag_key *key)
+__inline_always void fragment_key(const struct packet *p, struct tl_tuple *key)
 {
-	key->src = p->tuple.src;
-	key->dst = p->tuple.dst;
-	key->id = p->frag_id;
-	key->proto = p->v6 ? 0 : p->tuple.proto; /* RFC 8200: an id stands without protocol */
-	key->dir = p->tuple.dir;
-	key->zero = 0;
+	*key = p->tuple;
+	__builtin_memcpy(&key->sport, &p->frag_id, 4);
+	if (p->v6)
+		key->proto = 0; /* RFC 8200: an id stands without protocol */
 }
 
-/* The ports of a later fragment are those its first one left. */
-__inline_always int ports_of_fragment(struct packet *p)
+/* Of a later fragment: what its first one left, if that was lately: ids come again. */
+__inline_always bool know_fragment(struct packet *p)
 {
-	struct tl_frag_key key;
-	struct tl_frag *ports;
+	struct tl_frag *first;
+	struct tl_tuple key;
 
 	fragment_key(p, &key);
-	ports = bpf_map_lookup_elem(&frag_map, &key);
-	if (!ports)
-		return TL_FRAGMENT;
-	p->tuple.sport = ports->sport;
-	p->tuple.dport = ports->dport;
-	return 0;
+	first = bpf_map_lookup_elem(&frag_map, &key);
+	if (!first || (__u32)bpf_jiffies64() - first->seen > TL_FRAGMENT_LIFE * (__u32)tl_hz)
+		return false;
+	p->tuple.sport = first->sport;
+	p->tuple.dport = first->dport;
+	p->tuple.proto = first->proto; /* IPv6 says what follows the fragment header: perhaps another header */
+	return true;
 }
 
 /* Completes the tuple; 0, or why it cannot be. TCP, UDP and SCTP all begin with
@@ -345,11 +373,13 @@ __inline_always int parse_ports(struct __sk_buff *skb, struct packet *p)
 
 	if (p->odd || p->end > skb->len)
 		return TL_BAD_HEADER;
+	if (p->later && know_fragment(p))
+		return 0;
 	if (p->tuple.proto != IPPROTO_TCP && p->tuple.proto != IPPROTO_UDP &&
 	    p->tuple.proto != IPPROTO_SCTP)
 		return TL_PROTOCOL;
 	if (p->later)
-		return ports_of_fragment(p);
+		return TL_FRAGMENT;
 	if (p->l4 + (p->tuple.proto == IPPROTO_TCP ? sizeof(struct tcphdr) : sizeof(struct udphdr)) > p->end ||
 	    bpf_skb_load_bytes(skb, p->l4, ports, sizeof(ports)))
 		return TL_BAD_HEADER;
@@ -723,7 +753,7 @@ __inline_always void forget_flow(const struct tl_tuple *t, const struct tl_flow 
  * that do not fit would be cut up or lost. */
 static __attribute__((noinline)) int clamp_mss(struct __sk_buff *skb, const struct packet *p)
 {
-	__u32 key = skb->ifindex, at = p->l4 + sizeof(struct tcphdr), most;
+	__u32 key = skb->ifindex, at, most;
 	struct tl_door *door = bpf_map_lookup_elem(&door_map, &key);
 	__be16 old, new;
 	__u8 opt[4], doff;
@@ -731,14 +761,9 @@ static __attribute__((noinline)) int clamp_mss(struct __sk_buff *skb, const stru
 	if (!door || door->mtu < 128 || bpf_skb_load_bytes(skb, p->l4 + 12, &doff, 1))
 		return 0;
 	most = door->mtu - (p->v6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr)) - sizeof(struct tcphdr);
-	for (int i = 0; i < TL_OPTIONS; i++, at += opt[0] == 1 ? 1 : opt[1]) { /* 1: NOP, a byte alone */
-		if (at + sizeof(opt) > p->l4 + (doff >> 4) * 4 || bpf_skb_load_bytes(skb, at, opt, sizeof(opt)) ||
-		    !opt[0] || (opt[0] != 1 && opt[1] < 2))
-			return 0;
-		if (opt[0] == 2 && opt[1] == sizeof(opt))
-			break;
-	}
-	if (opt[0] != 2 || opt[1] != sizeof(opt) || (__u32)(opt[2] << 8 | opt[3]) <= most)
+	at = find_option(skb, p->l4 + sizeof(struct tcphdr), p->l4 + (doff >> 4) * 4, 2);
+	if (!at || bpf_skb_load_bytes(skb, at, opt, sizeof(opt)) || opt[1] != sizeof(opt) ||
+	    (__u32)(opt[2] << 8 | opt[3]) <= most)
 		return 0;
 	old = bpf_htons(opt[2] << 8 | opt[3]);
 	new = bpf_htons(most);
@@ -759,13 +784,13 @@ static __attribute__((noinline)) int clamp_mss(struct __sk_buff *skb, const stru
 static __attribute__((noinline)) int translate(struct __sk_buff *skb, struct packet *p, const struct tl_flow *flow,
 					       int done)
 {
-	struct tl_frag ports = { p->tuple.sport, p->tuple.dport };
-	struct tl_frag_key key;
+	struct tl_frag first = { p->tuple.sport, p->tuple.dport, bpf_jiffies64(), p->tuple.proto };
+	struct tl_tuple key;
 	int reason;
 
 	if (p->fragment && !p->later) {
 		fragment_key(p, &key);
-		bpf_map_update_elem(&frag_map, &key, &ports, BPF_ANY);
+		bpf_map_update_elem(&frag_map, &key, &first, BPF_ANY);
 	}
 	reason = write_packet(skb, p, flow);
 	if (!reason && p->syn && p->tuple.dir <= TL_REPLY)

@@ -3770,7 +3770,8 @@ static void write_frontends(struct writing *w, const struct tl_svc *svc)
 		e.svc.proto = w->entry->proto;
 		write_element(w, &e, svc, false);
 		e.svc.port = e.svc.proto = 0;
-		write_element(w, &e, &none, true);
+		if (w->entry->scope == TL_INTERNAL) /* others may be an address of the node itself */
+			write_element(w, &e, &none, true);
 	}
 }
 

@@ -24,6 +24,7 @@
 #define TL_FLOWS	65536 /* default capacity of ct_map, in entries: two a flow */
 #define TL_AFFINITIES	16384
 #define TL_FRAGMENTS	4096
+#define TL_FRAGMENT_LIFE 30 /* seconds: net.ipv4.ipfrag_time */
 #define TL_EXTENSIONS	6   /* IPv6 extension headers we look behind */
 #define TL_PORT_TRIES	16  /* source ports tried for a flow whose own is taken */
 #define TL_MAX_REASONS	64
@@ -37,8 +38,8 @@ struct tl_addr {
 	__be32 w[4];
 };
 
-/* svc_map: a frontend. An address that has frontends stands there once more
- * with port 0 and protocol 0: a port that misses is then refused, not passed. */
+/* svc_map: a frontend. An address that has frontends of TL_INTERNAL stands there once
+ * more with port 0 and protocol 0: a port that misses is then refused, not passed. */
 struct tl_svc_key {
 	struct tl_addr addr;
 	__be16 port;
@@ -129,17 +130,12 @@ struct tl_tuple {
 	__u16 zero;
 };
 
-/* frag_map: the ports of a datagram whose first fragment came by. */
-struct tl_frag_key {
-	struct tl_addr src, dst;
-	__u32 id;
-	__u8 proto;
-	__u8 dir; /* enum tl_dir */
-	__u16 zero;
-};
-
+/* frag_map: the ports of a datagram whose first fragment came by. The key is a tuple
+ * with the datagram's id instead of ports; IPv6: and protocol 0. */
 struct tl_frag {
 	__be16 sport, dport;
+	__u32 seen; /* jiffies, the last 32 bits */
+	__u32 proto;
 };
 
 enum tl_dir { TL_REQUEST, TL_REPLY, TL_OUT, TL_BACK }; /* the last bit: from the backend */

@@ -17,7 +17,7 @@
  *   any NAME DOOR IN                          one frame; the rules for bad input hold
  *   put MAP KEY VALUE | delete MAP KEY        an element; KEY need not be there (ct: used now)
  *   has MAP KEY yes|no                        is it there?
- *   age MAP KEY SECONDS                       last used that long ago (ct, aff)
+ *   age MAP KEY SECONDS                       last used that long ago (ct, aff, frag)
  *   clear                                     no flows, fragments, affinities
  *
  * DOOR is from (ingress) or to (egress) of the VPN's links, or back (ingress) or out (egress)
@@ -146,16 +146,22 @@ static __u64 jiffies(__u64 *second)
 /* Last used so many seconds ago. */
 static int map_age(enum map map, const void *key, int seconds)
 {
-	struct tl_flow flow;
-	struct tl_affinity aff;
-	void *value = map == CT ? (void *)&flow : (void *)&aff;
-	__u64 *at = map == CT ? &flow.seen : &aff.used, second;
+	union {
+		struct tl_flow flow;
+		struct tl_affinity aff;
+		struct tl_frag frag;
+	} value;
+	__u64 second, at = jiffies(&second) - seconds * second;
 
-	if (bpf_map_lookup_elem(map_fd[map], key, value))
+	if (bpf_map_lookup_elem(map_fd[map], key, &value))
 		return -1;
-	*at = jiffies(&second);
-	*at -= seconds * second;
-	return bpf_map_update_elem(map_fd[map], key, value, BPF_EXIST);
+	if (map == CT)
+		value.flow.seen = at;
+	else if (map == AFF)
+		value.aff.used = at;
+	else
+		value.frag.seen = at;
+	return bpf_map_update_elem(map_fd[map], key, &value, BPF_EXIST);
 }
 
 static bool counters_known; /* those after the frame before are those before this one */
