@@ -56,6 +56,7 @@
 #include <linux/capability.h>
 #include <linux/if_link.h>
 #include <linux/magic.h>
+#include <linux/membarrier.h>
 #include <linux/netlink.h>
 #include <linux/pkt_sched.h>
 #include <linux/rtnetlink.h>
@@ -3559,6 +3560,8 @@ static struct maps {
 	struct buf udp;	  /* uint64_t: what maps_flush_udp may keep, see udp_mark */
 	bool udp_changed;
 	bool adopted; /* the first sync is done: nothing unknown is left in the maps */
+	int old_flows[2], n_old; /* maps whose flows are to be carried over; see "doors" */
+	bool services_late;	 /* those of services get their files with the doors */
 } maps = { .again_at = INT64_MAX };
 
 static int element_order(const void *a, const void *b)
@@ -3954,33 +3957,37 @@ static bool number_in(const struct buf *numbers, uint64_t number)
 	return n && bsearch(&number, numbers->at, n, sizeof(number), number_order);
 }
 
-typedef void flow_fn(void *arg, const struct tl_tuple *, const struct tl_flow *);
+typedef void walk_fn(void *arg, int fd, const void *key, const void *value);
 
-/* Calls `each` for all flows, many at a time; false: ct_map could not be read. */
-static bool flows_walk(int fd, flow_fn *each, void *arg)
+/* Calls `each` for all of a hash map, many at a time, none twice; false: it could not be read. */
+static bool map_walk(int fd, walk_fn *each, void *arg)
 {
 	enum { AT_ONCE = 1024 };
-	struct tl_tuple *keys = mem(NULL, AT_ONCE * sizeof(*keys));
-	struct tl_flow *flows = mem(NULL, AT_ONCE * sizeof(*flows));
+	struct bpf_map_info info = { 0 };
+	uint32_t len = sizeof(info);
+	bool good = !bpf_map_get_info_by_fd(fd, &info, &len), more = good;
+	char *keys = mem(NULL, (size_t)AT_ONCE * info.key_size);
+	char *values = mem(NULL, (size_t)AT_ONCE * info.value_size);
 	uint64_t batch, *after = NULL;
-	bool more = true, good = true;
 
 	while (more) {
 		uint32_t n = AT_ONCE;
 
-		more = !bpf_map_lookup_batch(fd, after, &batch, keys, flows, &n, NULL);
+		more = !bpf_map_lookup_batch(fd, after, &batch, keys, values, &n, NULL);
 		good = more || errno == ENOENT;
 		after = &batch;
 		for (uint32_t i = 0; i < n && good; i++)
-			each(arg, &keys[i], &flows[i]);
+			each(arg, fd, keys + i * info.key_size, values + i * info.value_size);
 	}
 	free(keys);
-	free(flows);
+	free(values);
 	return good;
 }
 
-static void flow_flush(void *arg, const struct tl_tuple *t, const struct tl_flow *f)
+static void flow_flush(void *arg, int fd, const void *key, const void *value)
 {
+	const struct tl_tuple *t = key;
+	const struct tl_flow *f = value;
 	struct maps *m = arg;
 	bool request = t->dir == TL_REQUEST;
 	struct in6_addr front, back;
@@ -3993,7 +4000,7 @@ static void flow_flush(void *arg, const struct tl_tuple *t, const struct tl_flow
 	memcpy(&back, request ? &f->dst : &t->src, sizeof(back));
 	if (!number_in(&m->udp, udp_mark(f->name, 'F', &front, front_port)) ||
 	    !number_in(&m->udp, udp_mark(f->name, 'B', &back, back_port)))
-		bpf_map_delete_elem(m->fd[CT_MAP], t);
+		bpf_map_delete_elem(fd, t);
 }
 
 /* After a sync: UDP flows go whose frontend or backend does (rule 17); a client
@@ -4002,7 +4009,9 @@ static void maps_flush_udp(struct maps *m)
 {
 	if (m->udp_changed || !m->adopted) {
 		qsort(m->udp.at, m->udp.len / sizeof(uint64_t), sizeof(uint64_t), number_order);
-		if (!flows_walk(m->fd[CT_MAP], flow_flush, m))
+		for (int i = 0; i < m->n_old; i++)
+			map_walk(m->old_flows[i], flow_flush, m);
+		if (!map_walk(m->fd[CT_MAP], flow_flush, m))
 			warn("ct_map could not be read (%s): UDP flows of lost backends may linger",
 			     strerror(errno));
 	}
@@ -4027,19 +4036,20 @@ static uint64_t jiffies_now(uint64_t hz)
 }
 
 struct sweep {
-	int ct;
 	uint64_t hz, now;
 	int64_t next; /* seconds until one more is over */
 	uint64_t flows; /* that are not over */
 };
 
-static void flow_expire(void *arg, const struct tl_tuple *t, const struct tl_flow *f)
+static void flow_expire(void *arg, int fd, const void *key, const void *value)
 {
+	const struct tl_tuple *t = key;
+	const struct tl_flow *f = value;
 	struct sweep *s = arg;
 	int64_t left = tl_flow_idle(t->proto, f->state) - (int64_t)(s->now - f->seen) / (int64_t)s->hz;
 
 	if (left < -SWEEP_GRACE) {
-		bpf_map_delete_elem(s->ct, t);
+		bpf_map_delete_elem(fd, t);
 		return;
 	}
 	s->flows += t->dir == TL_REQUEST;
@@ -4072,7 +4082,7 @@ static uint64_t counter_read(const struct maps *m, uint32_t reason)
  * new flows since the last time or an old one is due: nothing wakes us for it. */
 static void flows_sweep(struct maps *m, int64_t now)
 {
-	struct sweep s = { .ct = m->fd[CT_MAP], .hz = jiffies_hz(), .next = INT32_MAX };
+	struct sweep s = { .hz = jiffies_hz(), .next = INT32_MAX };
 	uint64_t begun;
 
 	if (now < m->sweep_at)
@@ -4082,23 +4092,29 @@ static void flows_sweep(struct maps *m, int64_t now)
 	if (begun == m->flows_begun && now < m->sweep_due)
 		return;
 	s.now = jiffies_now(s.hz);
-	flows_walk(s.ct, flow_expire, &s);
+	map_walk(m->fd[CT_MAP], flow_expire, &s);
 	m->flows_begun = begun;
 	m->flows = s.flows;
 	m->sweep_due = now + (s.next + SWEEP_GRACE) * 1000;
 }
 
 /* --- adopting what an earlier run left ------------------------------------- */
-/* Deletes from a map what no service has; `known` is sorted. */
+/* Deletes from a map what no service has, sets in a while; `known` is sorted. */
 static void map_sweep(struct maps *m, enum map map, const struct element *known, size_t n)
 {
+	struct dying d = { .at = now_ms() + SET_GRACE };
 	struct element e, next = { .map = map };
 	bool more = !bpf_map_get_next_key(m->fd[map], NULL, next.bytes);
 
 	while (more) {
 		e = next;
 		more = !bpf_map_get_next_key(m->fd[map], e.bytes, next.bytes);
-		if (!element_in(&e, known, n))
+		d.set = e.set;
+		if (element_in(&e, known, n))
+			continue;
+		if (map == SET_MAP)
+			buf_add(&m->dying, &d, sizeof(d));
+		else
 			bpf_map_delete_elem(m->fd[map], e.bytes);
 	}
 }
@@ -4158,16 +4174,7 @@ static bool maps_sync(struct maps *m, struct model *model)
 	return changed;
 }
 /* === interfaces (rtnetlink) ===============================================
- * Which interfaces there are, told by the kernel when it changes: group
- * RTNLGRP_LINK, and a dump to begin with or when messages were lost. */
-struct link_news {
-	int ifindex;
-	bool gone;
-	unsigned short type; /* ARPHRD_* */
-	uint32_t mtu;
-	char name[IF_NAMESIZE];
-};
-
+ * That one came or went is told by group RTNLGRP_LINK; which there are, is looked up. */
 /* A socket that hears of links, if `groups` says so; -1 with why. */
 static int netlink_open(unsigned groups)
 {
@@ -4181,38 +4188,35 @@ static int netlink_open(unsigned groups)
 	return -1;
 }
 
-/* Asks for all links, or all filters of an interface; links come like news. */
+/* Asks for all qdiscs or all filters of an interface. */
 static void netlink_ask(int fd, int type, int ifindex, uint32_t parent)
 {
 	struct {
 		struct nlmsghdr h;
-		struct tcmsg t; /* a struct ifinfomsg, and four bytes more */
-	} ask = { .t = { .tcm_ifindex = ifindex, .tcm_parent = parent } };
+		struct tcmsg t;
+	} ask = { .h = { .nlmsg_len = sizeof(ask),
+			 .nlmsg_type = type,
+			 .nlmsg_flags = NLM_F_REQUEST | NLM_F_DUMP },
+		  .t = { .tcm_ifindex = ifindex, .tcm_parent = parent } };
 
-	ask.h.nlmsg_len = sizeof(ask) - (type == RTM_GETLINK ? 4 : 0);
-	ask.h.nlmsg_type = type;
-	ask.h.nlmsg_flags = NLM_F_REQUEST | NLM_F_DUMP;
-	if (send(fd, &ask, ask.h.nlmsg_len, 0) < 0)
+	if (send(fd, &ask, sizeof(ask), 0) < 0)
 		warn("netlink: %s", strerror(errno));
 }
 
 /* Reads what is there and calls `on` for each message; true: the end of a dump
- * was among it. Lost messages are asked for again. */
+ * was among it. */
 static bool netlink_read(int fd, void (*on)(void *arg, const struct nlmsghdr *), void *arg)
 {
 	_Alignas(struct nlmsghdr) char room[16384];
 	bool done = false;
 	ssize_t n;
 
-	while ((n = recv(fd, room, sizeof(room), 0)) > 0 || (n < 0 && errno == ENOBUFS)) {
-		if (n < 0)
-			netlink_ask(fd, RTM_GETLINK, 0, 0);
+	while ((n = recv(fd, room, sizeof(room), 0)) > 0 || (n < 0 && errno == ENOBUFS))
 		for (struct nlmsghdr *h = (struct nlmsghdr *)room; n > 0 && NLMSG_OK(h, n);
 		     h = NLMSG_NEXT(h, n)) {
 			done |= h->nlmsg_type == NLMSG_DONE || h->nlmsg_type == NLMSG_ERROR;
 			on(arg, h);
 		}
-	}
 	return done;
 }
 
@@ -4225,25 +4229,6 @@ static bool netlink_wait(int fd, void (*on)(void *arg, const struct nlmsghdr *),
 		if (netlink_read(fd, on, arg))
 			return true;
 	return false;
-}
-
-static bool link_read(const struct nlmsghdr *h, struct link_news *news)
-{
-	const struct ifinfomsg *i = NLMSG_DATA(h);
-	int left = IFLA_PAYLOAD(h);
-
-	if ((h->nlmsg_type != RTM_NEWLINK && h->nlmsg_type != RTM_DELLINK) ||
-	    i->ifi_family != AF_UNSPEC)
-		return false;
-	*news = (struct link_news){ .ifindex = i->ifi_index,
-				    .gone = h->nlmsg_type == RTM_DELLINK,
-				    .type = i->ifi_type };
-	for (const struct rtattr *a = IFLA_RTA(i); RTA_OK(a, left); a = RTA_NEXT(a, left))
-		if (a->rta_type == IFLA_IFNAME)
-			snprintf(news->name, sizeof(news->name), "%s", (const char *)RTA_DATA(a));
-		else if (a->rta_type == IFLA_MTU)
-			memcpy(&news->mtu, RTA_DATA(a), sizeof(news->mtu));
-	return true;
 }
 
 /* How the kernel would send to an address: by which interface, from which address. */
@@ -4289,17 +4274,30 @@ static bool route_find(int fd, const struct in6_addr *to, struct route *r)
 /* === doors (programs on interfaces) =======================================
  * Everything we leave in the kernel hangs on files in the pin directory:
  *   svc_map, ct_map, ...      the maps
- *   to_IFINDEX, from_IFINDEX  the doors of an interface, in the order in which they are
- *                             made: a tcx link each, or where there is no tcx the
- *                             program, attached by cls_bpf
+ *   to_IFINDEX, from_IFINDEX  the doors of an interface: a tcx link each, or where there is
+ *                             no tcx the program, attached by cls_bpf
  *   clsact_IFINDEX            we made this interface's clsact qdisc (any map, for
  *                             a file to exist)
  *   route_RANGE, routes_null  see "tailscaled"; any map too
- * so whoever comes after us, also after kill -9, knows what is ours. */
+ * so whoever comes after us, also after kill -9, knows what is ours.
+ *
+ * At a restart each door gets the new program in one step, with the same maps. Where ct_map
+ * must be another one, because --flows is or a flow has more members, flows change hands, and
+ * until all are carried over replies meet both programs: what one does not know it passes on.
+ *
+ *                      before   1     2     3     4
+ *     also_to_IFINDEX           old   old   old
+ *     to_IFINDEX       old            new   new   new    (towards pods from_IFINDEX likewise)
+ *     new_ct_map                      new
+ *     ct_map           old      old   old   new   new
+ *     from_IFINDEX     old      old   old   new   new    (of the VPN: here flows begin)
+ *
+ * They are carried over after 2, and after 3 those begun meanwhile. Whoever finds this half
+ * done does it again: of two flows in one place that counts which was used last. So members
+ * of struct tl_flow are only ever added, at its end, and its key stays as it is. */
 #define BPFFS	    "/sys/fs/bpf"
 #define MOUNT_NAME  "tail_lifter" /* the source of a bpffs that we mounted */
-#define TC_PRIORITY 43171	  /* for cls_bpf: our own, and a handle */
-#define TC_HANDLE   0x7a11
+#define TC_PRIORITY 43171	  /* for cls_bpf: our own */
 #ifndef ARPHRD_RAWIP
 #define ARPHRD_RAWIP 519 /* linux/if_arp.h, which does not go together with net/if.h */
 #define ARPHRD_NONE  0xfffe
@@ -4440,9 +4438,17 @@ static struct bpf_tc_hook tc_hook(int ifindex, enum bpf_tc_attach_point point)
 				     .attach_point = point };
 }
 
+/* The handle of our filters, one for each pin directory, and of those that stay beside them. */
+static uint32_t tc_handle(bool also)
+{
+	return (hash64(0, opt.pin_dir, strlen(opt.pin_dir)) & 0x3fffffff) * 2 + 2 + also;
+}
+
+/* What hangs on an interface's clsact qdisc. */
 struct clsact {
 	int ifindex;
-	bool there;
+	bool there; /* all true also if that is not known */
+	bool ours, others;
 };
 
 static void on_qdisc(void *arg, const struct nlmsghdr *h)
@@ -4454,31 +4460,62 @@ static void on_qdisc(void *arg, const struct nlmsghdr *h)
 		t->tcm_parent == TC_H_CLSACT;
 }
 
-/* True also if that is not known. */
-static bool has_clsact(int ifindex)
+/* A filter, or with handle 0 a priority that has some. */
+static void on_filter(void *arg, const struct nlmsghdr *h)
 {
+	const struct tcmsg *t = NLMSG_DATA(h);
+	bool prio = h->nlmsg_type == RTM_NEWTFILTER && t->tcm_info >> 16 == TC_PRIORITY;
+	bool ours = prio && t->tcm_handle / 2 == tc_handle(false) / 2;
+	struct clsact *c = arg;
+
+	c->ours |= ours;
+	c->others |= (h->nlmsg_type == RTM_NEWTFILTER && !ours && !(prio && !t->tcm_handle)) ||
+		h->nlmsg_type == NLMSG_ERROR;
+}
+
+static struct clsact clsact_look(int ifindex)
+{
+	static const uint32_t sides[] = { TC_H_MIN_INGRESS, TC_H_MIN_EGRESS };
 	struct clsact c = { .ifindex = ifindex };
 	int fd = netlink_open(0);
+	bool known;
 
-	if (fd >= 0)
-		netlink_ask(fd, RTM_GETQDISC, ifindex, 0);
-	if (fd < 0 || !netlink_wait(fd, on_qdisc, &c))
-		c.there = true;
+	netlink_ask(fd, RTM_GETQDISC, ifindex, 0);
+	known = netlink_wait(fd, on_qdisc, &c);
+	for (int i = 0; i < 2 && known && c.there; i++) {
+		netlink_ask(fd, RTM_GETTFILTER, ifindex, TC_H_MAKE(TC_H_CLSACT, sides[i]));
+		known = netlink_wait(fd, on_filter, &c);
+	}
+	c.there |= !known;
+	c.others |= !known;
 	close(fd);
-	return c.there;
+	return c;
+}
+
+/* All names of doors. */
+static const char *const door_words[] = { "to", "from", "also_to", "also_from" };
+
+static bool has_files(int ifindex)
+{
+	for (size_t i = 0; i < ARRAY_SIZE(door_words); i++)
+		if (!access(pin_path(door_words[i], ifindex), F_OK))
+			return true;
+	return false;
 }
 
 /* By cls_bpf, where there is no tcx. Replaces a filter of ours in one step. Files come
- * first, so that no crash leaves a filter or a qdisc without one. */
+ * first, so that no crash leaves a filter or a qdisc without one. A qdisc with filters of
+ * ours alone, of which no file tells (the bpffs was lost), we have made as well. */
 static int door_attach_tc(int prog, const char *word, int ifindex, bool in)
 {
 	struct bpf_tc_hook hook = tc_hook(ifindex, in ? BPF_TC_INGRESS : BPF_TC_EGRESS);
 	DECLARE_LIBBPF_OPTS(bpf_tc_opts, o, .prog_fd = prog, .flags = BPF_TC_F_REPLACE,
-			    .handle = TC_HANDLE, .priority = TC_PRIORITY);
+			    .handle = tc_handle(*word == 'a'), .priority = TC_PRIORITY);
+	struct clsact c = clsact_look(ifindex);
+	bool made = !c.there || (c.ours && !c.others && !has_files(ifindex));
 	int r;
 
-	if (pin(prog, word, ifindex) ||
-	    (!has_clsact(ifindex) && pin(maps.fd[STAT_MAP], "clsact", ifindex)))
+	if (pin(prog, word, ifindex) || (made && pin(maps.fd[STAT_MAP], "clsact", ifindex)))
 		return -1;
 	r = bpf_tc_hook_create(&hook);
 	if (r && r != -EEXIST)
@@ -4489,74 +4526,101 @@ static int door_attach_tc(int prog, const char *word, int ifindex, bool in)
 }
 
 /* Puts `prog` behind a door; one of an earlier run is taken over in one step, so
- * no packet goes by unseen. 0, or -1 with why. */
+ * no packet goes by unseen. One that stays beside it comes after it. 0, or -1 with why. */
 static int door_attach(int prog, const char *word, int ifindex, bool in)
 {
+	int old = pinned(word, ifindex), also = pinned(in ? "also_from" : "also_to", ifindex);
 	struct bpf_link_info info;
-	int old = pinned(word, ifindex), link, r = -1;
+	int link, r = -1;
 
 	if (old >= 0 && is_tcx_link(old, &info) && info.tcx.ifindex == (uint32_t)ifindex)
 		r = bpf_link_update(old, prog, NULL);
+	if (r) {
+		DECLARE_LIBBPF_OPTS(bpf_link_create_opts, beside, .flags = BPF_F_BEFORE | BPF_F_LINK,
+				    .tcx.relative_fd = also);
+		bool is_beside = also >= 0 && is_tcx_link(also, &info);
+
+		link = bpf_link_create(prog, ifindex, in ? BPF_TCX_INGRESS : BPF_TCX_EGRESS,
+				       is_beside ? &beside : NULL);
+		if (link >= 0)
+			r = pin(link, word, ifindex);
+		else
+			r = errno == EINVAL ? door_attach_tc(prog, word, ifindex, in) :
+					      fail("cannot attach by tcx: %s", strerror(errno));
+		close(link);
+	}
+	close(also);
 	close(old);
-	if (!r)
-		return 0;
-	link = bpf_link_create(prog, ifindex, in ? BPF_TCX_INGRESS : BPF_TCX_EGRESS, NULL);
-	if (link < 0)
-		return errno == EINVAL ? door_attach_tc(prog, word, ifindex, in) :
-					 fail("cannot attach by tcx: %s", strerror(errno));
-	r = pin(link, word, ifindex);
-	close(link);
 	return r;
 }
 
-static void on_filter(void *count, const struct nlmsghdr *h)
+/* What is behind a door stays there under its other name, beside what comes. */
+static int door_keep(const char *word, int ifindex, bool in)
 {
-	*(int *)count += h->nlmsg_type == RTM_NEWTFILTER || h->nlmsg_type == NLMSG_ERROR;
+	const char *also = in ? "also_from" : "also_to";
+	int old = pinned(also, ifindex), r = 0;
+	bool kept = old >= 0; /* by one who did not come to the end */
+	struct bpf_link_info info;
+	char path[PATH_MAX];
+
+	if (!kept)
+		old = pinned(word, ifindex);
+	snprintf(path, sizeof(path), "%s", pin_path(word, ifindex));
+	if (old >= 0 && !is_tcx_link(old, &info))
+		r = door_attach_tc(old, also, ifindex, in);
+	else if (old >= 0 && !kept && rename(path, pin_path(also, ifindex)))
+		r = fail("cannot rename %s: %s", path, strerror(errno));
+	close(old);
+	return r;
 }
 
-/* Has an interface's clsact qdisc filters, of others? True also if that is not known. */
-static bool has_filters(int ifindex)
+/* Takes our filters away, or only those `also`. */
+static void doors_detach_tc(int ifindex, bool also)
 {
-	static const uint32_t sides[] = { TC_H_MIN_INGRESS, TC_H_MIN_EGRESS };
-	int fd = netlink_open(0), count = fd < 0;
-
-	for (int i = 0; i < 2 && !count; i++) {
-		netlink_ask(fd, RTM_GETTFILTER, ifindex, TC_H_MAKE(TC_H_CLSACT, sides[i]));
-		if (!netlink_wait(fd, on_filter, &count))
-			count = 1;
-	}
-	close(fd);
-	return count;
-}
-
-/* Takes our filters away, and the qdisc if we made it and nobody uses it now. */
-static void doors_detach_tc(int ifindex)
-{
-	static const enum bpf_tc_attach_point points[] = { BPF_TC_INGRESS, BPF_TC_EGRESS };
-	struct bpf_tc_hook hook = tc_hook(ifindex, BPF_TC_INGRESS | BPF_TC_EGRESS);
-
-	for (int i = 0; i < 2; i++) {
-		struct bpf_tc_hook side = tc_hook(ifindex, points[i]);
-		DECLARE_LIBBPF_OPTS(bpf_tc_opts, o, .handle = TC_HANDLE, .priority = TC_PRIORITY);
+	for (int i = also ? 2 : 0; i < 4; i++) {
+		struct bpf_tc_hook side = tc_hook(ifindex, i & 1 ? BPF_TC_EGRESS : BPF_TC_INGRESS);
+		DECLARE_LIBBPF_OPTS(bpf_tc_opts, o, .handle = tc_handle(i > 1),
+				    .priority = TC_PRIORITY);
 
 		bpf_tc_detach(&side, &o);
 	}
-	if (!access(pin_path("clsact", ifindex), F_OK) && !has_filters(ifindex))
+}
+
+/* The qdisc too, if nobody uses it now. */
+static void clsact_detach(int ifindex)
+{
+	struct bpf_tc_hook hook = tc_hook(ifindex, BPF_TC_INGRESS | BPF_TC_EGRESS);
+
+	if (!clsact_look(ifindex).others)
 		bpf_tc_hook_destroy(&hook);
+}
+
+/* The doors of an interface that have files with these words, until the last. */
+static void doors_unpin(int ifindex, size_t from)
+{
+	struct bpf_link_info info;
+	bool tc = false;
+
+	for (size_t i = from; i < ARRAY_SIZE(door_words); i++) {
+		int fd = pinned(door_words[i], ifindex);
+
+		tc |= fd >= 0 && !is_tcx_link(fd, &info);
+		close(fd);
+	}
+	if (tc && if_indextoname(ifindex, (char[IF_NAMESIZE]){ 0 }))
+		doors_detach_tc(ifindex, from);
+	if (tc && !from && !access(pin_path("clsact", ifindex), F_OK))
+		clsact_detach(ifindex);
+	if (!from)
+		unpin("clsact", ifindex);
+	for (size_t i = ARRAY_SIZE(door_words); i-- > from;) /* a link goes with its last holder */
+		unpin(door_words[i], ifindex);
 }
 
 /* Leaves an interface as it was before us; also one that is no longer there. */
 static void doors_detach(int ifindex)
 {
-	struct bpf_link_info info;
-	int fd = pinned("to", ifindex);
-
-	if (fd >= 0 && !is_tcx_link(fd, &info) && if_indextoname(ifindex, (char[IF_NAMESIZE]){ 0 }))
-		doors_detach_tc(ifindex);
-	close(fd);
-	unpin("clsact", ifindex);
-	unpin("from", ifindex); /* a link goes with its last holder */
-	unpin("to", ifindex);
+	doors_unpin(ifindex, 0);
 	bpf_map_delete_elem(maps.fd[DOOR_MAP], &ifindex);
 }
 
@@ -4574,21 +4638,29 @@ static const char *dir_next(DIR *dir)
 	return NULL;
 }
 
-/* The interfaces whose doors are pinned, in order; to be freed. */
+/* The interfaces whose doors are pinned, in order, each once; to be freed. */
 static uint64_t *doors_list(size_t *n)
 {
 	DIR *dir = opendir(opt.pin_dir);
 	struct buf list = { 0 };
 	const char *name;
-	uint64_t ifindex;
+	uint64_t ifindex, *at;
+	size_t all;
 
 	while ((name = dir_next(dir)))
-		if (sscanf(name, "to_%" SCNu64, &ifindex) == 1)
+		if (sscanf(name, "to_%" SCNu64, &ifindex) == 1 ||
+		    sscanf(name, "from_%" SCNu64, &ifindex) == 1 ||
+		    sscanf(name, "also_%*[a-z]_%" SCNu64, &ifindex) == 1)
 			buf_add(&list, &ifindex, sizeof(ifindex));
-	*n = list.len / sizeof(ifindex);
-	if (*n)
-		qsort(list.at, *n, sizeof(ifindex), number_order);
-	return (uint64_t *)list.at;
+	at = (uint64_t *)list.at;
+	all = list.len / sizeof(ifindex);
+	if (all)
+		qsort(at, all, sizeof(*at), number_order);
+	*n = 0;
+	for (size_t i = 0; i < all; i++)
+		if (!i || at[i] != at[i - 1])
+			at[(*n)++] = at[i];
+	return at;
 }
 
 /* --- the object: programs and maps ------------------------------------------ */
@@ -4631,11 +4703,6 @@ static bool map_is_pinned(const struct bpf_map *map)
 	return !bpf_map__is_internal(map) && strcmp(bpf_map__name(map), "packet_map");
 }
 
-static void flow_copy(void *to, const struct tl_tuple *t, const struct tl_flow *f)
-{
-	bpf_map_update_elem(*(int *)to, t, f, BPF_NOEXIST);
-}
-
 /* Do the maps of an earlier run that say what is served fit, or are there none? They belong
  * together: services whose backends were left behind in another map would drop all. */
 static bool services_fit(void)
@@ -4662,46 +4729,48 @@ static bool is_of_services(const struct bpf_map *map)
 	return false;
 }
 
-/* Puts the maps of an earlier run into the object, where they still fit. One
- * that does not is replaced: what the agent writes it writes again, and flows
- * are carried over if only --flows changed: out of *old_flows, else that is -1.
- * Until all is written again the old programs go on, with the old maps. */
-static int maps_reuse(int *old_flows)
+/* Puts the maps of an earlier run into the object, where they still fit. One that does not
+ * is replaced: what the agent writes it writes again, and flows are carried over. Until that
+ * is done the old programs go on, with the old maps. */
+static int maps_reuse(struct maps *m)
 {
-	bool services = services_fit(), fits;
 	struct bpf_map *map;
 
-	*old_flows = -1;
+	m->services_late = !services_fit();
 	bpf_object__for_each_map (map, bpf->obj) {
-		struct bpf_map_info info = { 0 };
-		uint32_t len = sizeof(info);
-		int fd = map_is_pinned(map) ? pinned(bpf_map__name(map), 0) : -1;
+		bool flows = map == bpf->maps.ct_map, reused = !map_is_pinned(map);
+		bool late = m->services_late && is_of_services(map);
 
-		if (fd < 0 || bpf_map_get_info_by_fd(fd, &info, &len))
-			continue;
-		fits = map_fits(&info, map) && (services || !is_of_services(map));
-		if (fits && bpf_map__reuse_fd(map, fd))
-			return fail("cannot adopt %s: %s", bpf_map__name(map), strerror(errno));
-		if (!fits && map == bpf->maps.ct_map &&
-		    info.key_size == sizeof(struct tl_tuple) &&
-		    info.value_size == sizeof(struct tl_flow))
-			*old_flows = fd;
-		else
+		for (int new = 0; new <= flows; new++) { /* and what a change of hands left */
+			int fd = pinned(new ? "new_ct_map" : bpf_map__name(map), 0);
+			struct bpf_map_info info = { 0 };
+			uint32_t len = sizeof(info);
+			bool known = fd >= 0 && !bpf_map_get_info_by_fd(fd, &info, &len);
+
+			if (known && !reused && !late && map_fits(&info, map)) {
+				if (bpf_map__reuse_fd(map, fd))
+					return fail("cannot adopt %s: %s", bpf_map__name(map),
+						    strerror(errno));
+				reused = true;
+			} else if (known && flows && info.key_size == sizeof(struct tl_tuple)) {
+				m->old_flows[m->n_old++] = fd;
+				continue;
+			}
 			close(fd);
+		}
 	}
 	return 0;
 }
 
-/* Files of the maps. From an old one flows move over first. */
-static int maps_pin(struct maps *m, int old_flows)
+/* Files of the maps, but for those that the old programs go on with. */
+static int maps_pin(const struct maps *m)
 {
 	struct bpf_map *map;
 
-	if (old_flows >= 0 && flows_walk(old_flows, flow_copy, &m->fd[CT_MAP]))
-		note("ct_map has a new size: its flows were carried over");
-	close(old_flows);
 	bpf_object__for_each_map (map, bpf->obj)
-		if (map_is_pinned(map) && pin(bpf_map__fd(map), bpf_map__name(map), 0))
+		if (map_is_pinned(map) && !(m->services_late && is_of_services(map)) &&
+		    !(m->n_old && map == bpf->maps.ct_map) &&
+		    pin(bpf_map__fd(map), bpf_map__name(map), 0))
 			return -1;
 	return 0;
 }
@@ -4756,30 +4825,53 @@ static int keep(int fd)
  * 0, or -1 with why. */
 static int datapath_load(struct maps *m)
 {
-	int old_flows, r;
+	int r;
 
-	if (datapath_open() || maps_reuse(&old_flows) || datapath_verify())
+	if (datapath_open() || maps_reuse(m) || datapath_verify())
 		return -1;
 	for (int i = 0; i < N_MAPS; i++)
 		m->fd[i] = keep(bpf_object__find_map_fd_by_name(bpf->obj, map_names[i]));
 	for (int i = 0; i < 8; i++)
 		door_fd[i / 4][i / 2 % 2][i % 2] = keep(bpf_program__fd(door_program(i)));
-	r = maps_pin(m, old_flows);
+	r = maps_pin(m);
 	tail_lifter__destroy(bpf);
 	bpf = NULL;
 	return door_fd[0][1][1] < 0 ? fail("too many open files: raise ulimit -n") : r;
 }
 
-/* Name and type of the interface l->ifindex; false: there is none. */
-static bool link_find(struct link_news *l)
+/* --- attaching --------------------------------------------------------------- */
+/* An interface with doors, or that is to have some. */
+struct doorway {
+	char name[IF_NAMESIZE];
+	int ifindex; /* 0: there is none */
+	unsigned short type; /* ARPHRD_* */
+	uint32_t mtu;
+	bool pods;		 /* towards them, for source NAT, */
+	struct in6_addr snat[2]; /* with our addresses there, IPv4 and IPv6 */
+	bool attached, halfway; /* halfway: but for the door where flows begin */
+	uint64_t said; /* a hash of the last failure to attach, 0: it did not fail */
+};
+
+/* By name, or by index if that is empty: what there is. False: nothing. */
+static bool link_look(struct doorway *d)
 {
 	int any = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-	struct ifreq dev = { .ifr_ifindex = l->ifindex };
-	bool there = !ioctl(any, SIOCGIFNAME, &dev) && !ioctl(any, SIOCGIFHWADDR, &dev);
+	struct ifreq dev = { .ifr_ifindex = d->ifindex };
+	bool there;
 
+	if (*d->name) {
+		memcpy(dev.ifr_name, d->name, sizeof(dev.ifr_name));
+		there = !ioctl(any, SIOCGIFINDEX, &dev);
+		d->ifindex = there ? dev.ifr_ifindex : 0;
+	} else {
+		there = !ioctl(any, SIOCGIFNAME, &dev);
+		memcpy(d->name, dev.ifr_name, sizeof(d->name));
+	}
+	if (there && !ioctl(any, SIOCGIFHWADDR, &dev))
+		d->type = dev.ifr_hwaddr.sa_family;
+	if (there && !ioctl(any, SIOCGIFMTU, &dev))
+		d->mtu = dev.ifr_mtu;
 	close(any);
-	l->type = dev.ifr_hwaddr.sa_family;
-	memcpy(l->name, dev.ifr_name, sizeof(l->name));
 	return there;
 }
 
@@ -4789,30 +4881,155 @@ static bool is_ethernet(unsigned short type)
 	return type == ARPHRD_ETHER || type == ARPHRD_LOOPBACK;
 }
 
-/* Both doors of an interface, towards the VPN, or towards pods if `snat` has our addresses
- * there. 0, or -1 with why. */
-static int doors_attach(const struct link_news *l, const struct in6_addr *snat)
+/* A kind of link that our programs can read. 0, or -1 with why. */
+static int link_check(const struct doorway *d)
 {
 	static const unsigned short bare[] = { ARPHRD_NONE,   ARPHRD_RAWIP,   ARPHRD_PPP,
 					       ARPHRD_TUNNEL, ARPHRD_TUNNEL6, ARPHRD_IPGRE };
-	bool l2 = is_ethernet(l->type), known = l2;
-	const int *prog = door_fd[snat != NULL][l2];
-	struct tl_door door = { .mtu = snat ? 0 : l->mtu };
 
 	for (size_t i = 0; i < ARRAY_SIZE(bare); i++)
-		known |= l->type == bare[i];
-	if (!known)
-		return fail("interface %s is of a kind we cannot read (ARPHRD type %d): it must "
-			    "carry Ethernet or bare IP",
-			    l->name, l->type);
-	if (snat)
-		memcpy(door.snat, snat, sizeof(door.snat));
-	if (!bpf_map_update_elem(maps.fd[DOOR_MAP], &l->ifindex, &door, BPF_ANY) &&
-	    !door_attach(prog[0], "to", l->ifindex, false) &&
-	    !door_attach(prog[1], "from", l->ifindex, true))
-		return 0;
-	doors_detach(l->ifindex);
-	return fail("interface %s: %s", l->name, why);
+		if (d->type == bare[i] || is_ethernet(d->type))
+			return 0;
+	return fail("it is of a kind we cannot read (ARPHRD type %d): it must carry Ethernet or "
+		    "bare IP",
+		    d->type);
+}
+
+/* Was it told of an interface towards pods? */
+static bool is_far(const struct tl_door *d)
+{
+	return d->snat[0].w[3] || d->snat[1].w[0];
+}
+
+/* Tells the datapath of it. */
+static int door_note(const struct doorway *d)
+{
+	struct tl_door door = { .mtu = d->pods ? 0 : d->mtu };
+
+	memcpy(door.snat, d->snat, sizeof(door.snat));
+	return bpf_map_update_elem(maps.fd[DOOR_MAP], &d->ifindex, &door, BPF_ANY) ?
+		       fail("door_map does not take it: %s", strerror(errno)) :
+		       0;
+}
+
+static int door_put(const struct doorway *d, bool in, bool beside)
+{
+	const char *word = in ? "from" : "to";
+
+	if (beside && door_keep(word, d->ifindex, in))
+		return -1;
+	return door_attach(door_fd[d->pods][is_ethernet(d->type)][in], word, d->ifindex, in);
+}
+
+/* `why`, once. What was there before us stays as it is. */
+static void door_failed(struct doorway *d)
+{
+	uint64_t h = hash64(0, why, strlen(why));
+
+	if (h != d->said)
+		warn("interface %s: %s", d->name, why);
+	d->said = h;
+	if (access(pin_path(d->pods ? "to" : "from", d->ifindex), F_OK) &&
+	    access(pin_path("also_to", d->ifindex), F_OK))
+		doors_detach(d->ifindex);
+}
+
+static void flow_carry(void *value_size, int fd, const void *key, const void *value)
+{
+	struct tl_flow flow = { 0 }, there;
+	uint32_t size = *(uint32_t *)value_size;
+
+	(void)fd;
+	memcpy(&flow, value, size < sizeof(flow) ? size : sizeof(flow));
+	if (bpf_map_lookup_elem(maps.fd[CT_MAP], key, &there) || there.seen < flow.seen)
+		bpf_map_update_elem(maps.fd[CT_MAP], key, &flow, BPF_ANY);
+}
+
+static void flows_carry(const struct maps *m)
+{
+	for (int i = 0; i < m->n_old; i++) {
+		struct bpf_map_info info = { 0 };
+		uint32_t len = sizeof(info);
+
+		bpf_map_get_info_by_fd(m->old_flows[i], &info, &len);
+		if (!map_walk(m->old_flows[i], flow_carry, &info.value_size))
+			warn("the old ct_map could not be read (%s): its flows may be lost",
+			     strerror(errno));
+	}
+}
+
+/* Before requests come to the new programs. 0, or -1 with why. */
+static int maps_hand_over(struct maps *m)
+{
+	for (enum map i = TEXT_MAP; m->services_late && i < CT_MAP; i++)
+		if (pin(m->fd[i], map_names[i], 0))
+			return -1;
+	m->services_late = false;
+	if (m->n_old && pin(m->fd[CT_MAP], "new_ct_map", 0))
+		return -1;
+	flows_carry(m);
+	return 0;
+}
+
+/* And after that. */
+static void maps_handed_over(struct maps *m)
+{
+	char new[PATH_MAX];
+
+	if (!m->n_old)
+		return;
+	snprintf(new, sizeof(new), "%s", pin_path("new_ct_map", 0));
+	rename(new, pin_path("ct_map", 0));
+	syscall(SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0); /* no CPU is in an old program */
+	flows_carry(m);
+	while (m->n_old)
+		close(m->old_flows[--m->n_old]);
+	note("ct_map is another one: its flows were carried over");
+}
+
+/* Both doors of all that have none yet: towards the VPN, or towards pods. The one where
+ * flows begin comes last: what it lets through finds its way. How many are to be tried again. */
+static int doors_attach(struct doorway *all, int n)
+{
+	bool beside = maps.n_old;
+	int failed = 0;
+
+	for (struct doorway *d = all; d < all + n; d++) {
+		d->halfway = false;
+		if (!d->ifindex || d->attached)
+			continue;
+		d->halfway = !link_check(d);
+		if (d->halfway && (door_note(d) || door_put(d, d->pods, beside) ||
+				   (d->pods && door_put(d, false, beside)))) {
+			d->halfway = false;
+			failed++;
+		}
+		if (!d->halfway)
+			door_failed(d);
+	}
+	if (beside && failed)
+		return failed;
+	if (maps_hand_over(&maps))
+		return warn("%s; trying again", why), 1;
+	for (struct doorway *d = all; d < all + n; d++) {
+		if (!d->halfway)
+			continue;
+		if (!d->pods && door_put(d, true, false)) {
+			door_failed(d);
+			failed++;
+			continue;
+		}
+		d->attached = true;
+		d->said = 0;
+		note("attached to %s%s", d->name, d->pods ? ", for source NAT" : "");
+	}
+	if (failed)
+		return failed;
+	maps_handed_over(&maps);
+	for (struct doorway *d = all; d < all + n; d++)
+		if (d->halfway)
+			doors_unpin(d->ifindex, 2);
+	return 0;
 }
 
 /* === kubeconfig ===========================================================
@@ -6662,29 +6879,17 @@ enum wake_tag {
 	WAKE_API = WAKE_WEB + 1 + WEB_CLIENTS,
 };
 
-struct iface {
-	char name[IF_NAMESIZE];
-	int ifindex;   /* 0: not there, or not ours yet */
-	uint32_t mtu;
-	uint64_t said; /* a hash of the last failure to attach */
-};
-
-/* With --snat: an interface towards pods, and our addresses there, IPv4 and IPv6. */
-struct far_iface {
-	int ifindex;
-	struct in6_addr snat[2];
-};
-
 static struct agent {
 	struct model model;
 	struct api api;
 	struct web web; /* --metrics */
 	struct tailscaled tailscaled;
-	struct iface iface[MAX_IFACES];
-	int n_iface;
-	struct far_iface far[MAX_FAR];
-	int n_far;
-	bool routes_changed;
+	struct doorway door[MAX_IFACES + MAX_FAR]; /* those of --iface come first */
+	int n_iface, n_doors;
+	bool look; /* something of interfaces or routes has changed */
+	int64_t look_at; /* when to try again what failed; INT64_MAX: nothing did */
+	unsigned failures; /* in a row */
+	int64_t metrics_at; /* when to try again to listen; INT64_MAX: we do, or need not */
 	int epoll_fd, signal_fd, netlink_fd;
 	int pin_fd;   /* its lock is ours as long as it is open */
 	bool attach;  /* the maps hold a state worth attaching to */
@@ -6704,140 +6909,157 @@ static void status_write(struct agent *a)
 }
 
 /* --- interfaces ------------------------------------------------------------- */
-/* Ours by name, or by index if that is NULL. */
-static struct iface *iface_find(struct agent *a, const char *name, int ifindex)
+static struct doorway *door_find(struct agent *a, int ifindex)
 {
-	for (struct iface *i = a->iface; i < a->iface + a->n_iface; i++)
-		if (name ? !strcmp(i->name, name) : i->ifindex == ifindex)
-			return i;
+	for (struct doorway *d = a->door; d < a->door + a->n_doors; d++)
+		if (d->ifindex == ifindex)
+			return d;
 	return NULL;
 }
 
-/* News of any interface: ours come, go, and change their names. */
-static void on_link(void *arg, const struct nlmsghdr *h)
+static struct doorway *far_add(struct agent *a, int ifindex)
 {
-	struct agent *a = arg;
-	struct iface *had, *is;
-	struct link_news l;
-	uint64_t said;
+	struct doorway *d = door_find(a, ifindex);
 
-	a->routes_changed |= opt.snat;
-	if (!link_read(h, &l))
-		return;
-	had = iface_find(a, NULL, l.ifindex);
-	is = l.gone ? NULL : iface_find(a, l.name, 0);
-	if (had && had != is) {
-		note("%s is gone; waiting for it to come back", had->name);
-		doors_detach(l.ifindex);
-		had->ifindex = 0;
-	}
-	if (!is || !a->attach)
-		return;
-	if (is == had) {
-		if (is->mtu != l.mtu)
-			bpf_map_update_elem(maps.fd[DOOR_MAP], &l.ifindex, &(struct tl_door){ .mtu = l.mtu }, BPF_ANY);
-		is->mtu = l.mtu;
-		return;
-	}
-	if (is->ifindex) /* replaced by another of the same name */
-		doors_detach(is->ifindex);
-	is->ifindex = 0;
-	said = is->said;
-	is->said = doors_attach(&l, NULL) ? hash64(0, why, strlen(why)) : 0;
-	if (is->said && is->said != said)
-		warn("%s", why);
-	if (is->said)
-		return;
-	is->ifindex = l.ifindex;
-	is->mtu = l.mtu;
-	note("attached to %s", is->name);
-	if (!a->tailscaled.bus.fd && a->tailscaled.deadline != INT64_MAX)
-		a->tailscaled.deadline = 0; /* it has come back */
+	if (d || a->n_doors == a->n_iface + MAX_FAR)
+		return d;
+	d = &a->door[a->n_doors++];
+	*d = (struct doorway){ .ifindex = ifindex, .pods = true };
+	link_look(d);
+	return d;
 }
 
-static struct far_iface *far_find(struct agent *a, int ifindex)
+static void door_lost(struct doorway *d)
 {
-	for (struct far_iface *f = a->far; f < a->far + a->n_far; f++)
-		if (f->ifindex == ifindex)
-			return f;
-	return NULL;
+	if (d->attached && !d->pods)
+		note("%s is gone; waiting for it to come back", d->name);
+	doors_detach(d->ifindex);
+	d->attached = false;
+	d->ifindex = 0;
 }
 
-/* Doors of an earlier run on interfaces that are gone or no longer asked for. */
-static void ifaces_tidy(struct agent *a)
+/* News of any interface, or of routes: what they mean is looked up. */
+static void on_news(void *arg, const struct nlmsghdr *h)
+{
+	const struct ifinfomsg *i = NLMSG_DATA(h);
+	struct doorway *d = NULL;
+
+	if (h->nlmsg_type == RTM_DELLINK && i->ifi_family == AF_UNSPEC)
+		d = door_find(arg, i->ifi_index);
+	if (d)
+		door_lost(d);
+}
+
+/* Doors of an earlier run: those towards pods stay until there are routes to look at,
+ * others go where they are not asked for. */
+static void doors_adopt(struct agent *a)
 {
 	size_t n;
 	uint64_t *left = doors_list(&n);
 
-	for (size_t i = 0; i < n; i++)
-		if (!iface_find(a, NULL, left[i]) && !far_find(a, left[i]))
-			doors_detach(left[i]);
+	for (size_t i = 0; i < n; i++) {
+		struct doorway there = { .ifindex = left[i] }, *d = NULL;
+		struct tl_door door = { 0 };
+		uint32_t ifindex = left[i];
+
+		bpf_map_lookup_elem(maps.fd[DOOR_MAP], &ifindex, &door);
+		if (link_look(&there) && opt.snat && is_far(&door))
+			d = far_add(a, ifindex);
+		if (d && d->pods)
+			memcpy(d->snat, door.snat, sizeof(d->snat));
+		else if (!door_find(a, ifindex))
+			doors_detach(ifindex);
+	}
 	free(left);
 }
 
 /* By which interfaces, and from which addresses, are the backends reached that want source
- * NAT? The VPN's is none: who masquerades there has done it already. */
+ * NAT? The VPN's is none: who masquerades there has done it already. Brings the list of doors
+ * to it. */
 static void far_look(struct agent *a)
 {
-	int fd = netlink_open(0);
-	char name[IF_NAMESIZE];
-	struct far_iface *f;
+	struct doorway old[MAX_FAR], *d;
+	int fd = netlink_open(0), n_old = a->n_doors - a->n_iface;
 	struct route r;
 
-	a->n_far = 0;
+	if (fd < 0)
+		return;
+	memcpy(old, a->door + a->n_iface, n_old * sizeof(*old));
+	a->n_doors = a->n_iface;
 	TABLE_EACH (&maps.places, l) {
 		const struct in6_addr *addr = &((struct place *)l)->addr;
 
-		if (fd < 0 || !route_find(fd, addr, &r) || !if_indextoname(r.ifindex, name) ||
-		    iface_find(a, name, 0))
-			continue;
-		f = far_find(a, r.ifindex);
-		if (!f && a->n_far < MAX_FAR) {
-			f = &a->far[a->n_far++];
-			*f = (struct far_iface){ .ifindex = r.ifindex };
-		}
-		if (f)
-			f->snat[!addr_is_v4(addr)] = r.src;
+		d = route_find(fd, addr, &r) ? far_add(a, r.ifindex) : NULL;
+		if (d && d->pods)
+			d->snat[!addr_is_v4(addr)] = r.src;
 	}
 	close(fd);
-}
-
-/* Brings the doors towards pods to what routes say. */
-static void far_attach(struct agent *a)
-{
-	struct far_iface old[MAX_FAR];
-	int n_old = a->n_far;
-
-	if (!opt.snat || !a->attach || (!a->routes_changed && !maps.places_changed))
-		return;
-	memcpy(old, a->far, sizeof(old));
-	a->routes_changed = maps.places_changed = false;
-	far_look(a);
-	for (int i = 0; i < n_old; i++)
-		if (!far_find(a, old[i].ifindex))
+	for (int i = 0; i < n_old; i++) {
+		d = door_find(a, old[i].ifindex);
+		if (!d && old[i].ifindex)
 			doors_detach(old[i].ifindex);
-	for (int i = 0; i < a->n_far; i++) {
-		struct far_iface *f = &a->far[i], *was = NULL;
-		struct link_news l = { .ifindex = f->ifindex };
-
-		for (int k = 0; k < n_old; k++)
-			if (!memcmp(&old[k], f, sizeof(*f)))
-				was = &old[k];
-		if (was || !link_find(&l))
+		if (!d || !d->pods)
 			continue;
-		if (doors_attach(&l, f->snat)) {
-			warn("%s", why);
-			continue;
-		}
-		note("attached to %s, for source NAT", l.name);
+		d->attached = old[i].attached && !memcmp(d->snat, old[i].snat, sizeof(d->snat));
+		d->said = old[i].said;
 	}
 }
 
-static void ifaces_attach(struct agent *a)
+/* What there is of one of --iface. */
+static void iface_look(struct doorway *d)
 {
-	if (!a->attach)
-		netlink_ask(a->netlink_fd, RTM_GETLINK, 0, 0);
+	struct doorway was = *d;
+
+	link_look(d);
+	if (was.ifindex && was.ifindex != d->ifindex) /* gone, renamed, or another by that name */
+		door_lost(&was);
+	d->attached = was.attached && d->ifindex;
+	if (d->attached && d->mtu != was.mtu)
+		door_note(d);
+}
+
+static int n_attached(const struct agent *a)
+{
+	int n = 0;
+
+	for (const struct doorway *d = a->door; d < a->door + a->n_iface; d++)
+		n += d->attached;
+	return n;
+}
+
+/* Brings the doors to what there is. What fails is tried again. */
+static void doors_look(struct agent *a)
+{
+	int n;
+
+	a->look = maps.places_changed = false;
+	for (struct doorway *d = a->door; d < a->door + a->n_iface; d++)
+		iface_look(d);
+	n = n_attached(a);
+	if (opt.snat && maps.adopted)
+		far_look(a);
+	a->failures = doors_attach(a->door, a->n_doors) ? a->failures + 1 : 0;
+	a->look_at = a->failures ? now_ms() + pause_after(a->failures - 1) : INT64_MAX;
+	if (n_attached(a) > n && !a->tailscaled.bus.fd && a->tailscaled.deadline != INT64_MAX)
+		a->tailscaled.deadline = 0; /* it has come back */
+}
+
+static void doors_tick(struct agent *a, int64_t now)
+{
+	if (a->attach && (a->look || maps.places_changed || now >= a->look_at))
+		doors_look(a);
+}
+
+/* The maps hold a state worth attaching to. */
+static void doors_begin(struct agent *a)
+{
+	if (a->attach)
+		return;
 	a->attach = true;
+	for (struct doorway *d = a->door; d < a->door + a->n_iface; d++)
+		link_look(d);
+	doors_adopt(a);
+	doors_look(a);
 }
 
 /* --- sync -------------------------------------------------------------------- */
@@ -6869,7 +7091,8 @@ static void sync_now(struct agent *a)
 	if (opt.advertise && ranges) /* a server that refuses them now may show them later */
 		tailscaled_want(&a->tailscaled, model_ranges_of(&a->model, true),
 				!a->api.watch[SERVICE_CIDRS].failures);
-	ifaces_attach(a);
+	a->look |= first;
+	doors_begin(a);
 }
 
 /* --- metrics ----------------------------------------------------------------
@@ -6905,10 +7128,10 @@ static void metrics_agent(struct buf *out, const struct agent *a)
 		     a->model.n_of[SLICES]);
 	metric(out, "tail_lifter_interface_attached", "gauge",
 	       "Whether the datapath is attached to this VPN interface.");
-	for (const struct iface *i = a->iface; i < a->iface + a->n_iface; i++) {
+	for (const struct doorway *d = a->door; d < a->door + a->n_iface; d++) {
 		buf_printf(out, "tail_lifter_interface_attached{interface=");
-		print_string(out, i->name);
-		buf_printf(out, "} %d\n", i->ifindex != 0);
+		print_string(out, d->name);
+		buf_printf(out, "} %d\n", d->attached);
 	}
 	bpf_map_get_info_by_fd(maps.fd[CT_MAP], &ct, &len);
 	metric_gauge(out, "tail_lifter_ct_capacity",
@@ -6952,12 +7175,10 @@ static int ready(const struct agent *a, struct buf *out)
 				   resources[k].word, a->status.source);
 			return 503;
 		}
-	for (const struct iface *i = a->iface; i < a->iface + a->n_iface; i++) {
-		unsigned there = if_nametoindex(i->name);
-
-		if (!there || there == (unsigned)i->ifindex)
+	for (const struct doorway *d = a->door; d < a->door + a->n_iface; d++) {
+		if (d->attached || !if_nametoindex(d->name))
 			continue;
-		buf_printf(out, "not attached to %s: the log says why\n", i->name);
+		buf_printf(out, "not attached to %s: the log says why\n", d->name);
 		return 503;
 	}
 	buf_printf(out, "ready\n");
@@ -7028,7 +7249,7 @@ static int loop_open(struct agent *a)
 	sigaddset(&set, SIGHUP);
 	sigprocmask(SIG_BLOCK, &set, NULL);
 	signal(SIGPIPE, SIG_IGN);
-	a->tailscaled.deadline = INT64_MAX;
+	a->tailscaled.deadline = a->look_at = a->metrics_at = INT64_MAX;
 	a->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
 	a->signal_fd = signalfd(-1, &set, SFD_NONBLOCK | SFD_CLOEXEC);
 	return loop_watch(a, a->signal_fd, WAKE_SIGNAL);
@@ -7045,7 +7266,7 @@ static int metrics_open(struct agent *a)
 static void loop_round(struct agent *a)
 {
 	int64_t due[] = { api_deadline(&a->api), maps_deadline(&maps), a->tailscaled.deadline,
-			  web_deadline(&a->web) };
+			  web_deadline(&a->web), a->look_at, a->metrics_at };
 	int64_t wait = INT64_MAX;
 	struct epoll_event e[8];
 	int n;
@@ -7058,8 +7279,8 @@ static void loop_round(struct agent *a)
 		if (e[i].data.u32 == WAKE_SIGNAL) {
 			on_signal(a);
 		} else if (e[i].data.u32 == WAKE_NETLINK) {
-			if (netlink_read(a->netlink_fd, on_link, a) && a->attach)
-				ifaces_tidy(a);
+			netlink_read(a->netlink_fd, on_news, a);
+			a->look = true;
 		} else if (e[i].data.u32 < WAKE_WEB) {
 			tailscaled_ready(&a->tailscaled, e[i].data.u32 - WAKE_TAILSCALED);
 		} else if (e[i].data.u32 < WAKE_API) {
@@ -7072,7 +7293,7 @@ static void loop_round(struct agent *a)
 	tailscaled_tick(&a->tailscaled, now_ms());
 	maps_tick(&maps, &a->model, now_ms());
 	flows_sweep(&maps, now_ms());
-	far_attach(a);
+	doors_tick(a, now_ms());
 }
 
 /* Where the objects come from: a file is read at once, a server is asked from
@@ -7123,7 +7344,7 @@ static int agent_open(struct agent *a, bool once)
 	a->tailscaled.epoll_fd = a->epoll_fd;
 	a->tailscaled.tag = WAKE_TAILSCALED;
 	if (!bpf_map_get_next_key(maps.fd[SVC_MAP], NULL, &any)) /* of an earlier run */
-		ifaces_attach(a);
+		doors_begin(a);
 	if (source_open(a, once))
 		return -1;
 	status_write(a);
@@ -7133,19 +7354,13 @@ static int agent_open(struct agent *a, bool once)
 /* --once: the interfaces there are have doors, or it is said why not. */
 static int ifaces_attached(struct agent *a)
 {
-	int missing = 0;
-
-	netlink_wait(a->netlink_fd, on_link, a); /* the dump that the sync asked for */
-	for (struct iface *i = a->iface; i < a->iface + a->n_iface; i++) {
-		missing += !i->ifindex;
-		if (!i->ifindex && !i->said)
+	doors_tick(a, now_ms());
+	for (struct doorway *d = a->door; d < a->door + a->n_iface; d++)
+		if (!d->ifindex)
 			warn("there is no interface %s: is tailscaled running? "
 			     "--iface names another",
-			     i->name);
-	}
-	far_attach(a);
-	ifaces_tidy(a);
-	return missing ? 1 : 0;
+			     d->name);
+	return n_attached(a) < a->n_iface;
 }
 
 /* Attach, sync, and stay, unless `once`; the datapath stays when we go. */
@@ -7155,7 +7370,7 @@ static int agent_run(struct agent *a, bool once)
 
 	if (agent_open(a, once))
 		return rmdir(opt.pin_dir), -1; /* only if there is nothing in it */
-	for (sync_now(a); !a->stop && !a->refused && !a->api.failed && !(once && maps.adopted);
+	for (sync_now(a); !a->stop && !a->refused && !a->api.failed && !(once && maps.adopted && !maps.dying.len);
 	     sync_now(a))
 		loop_round(a);
 	if (a->api.failed)
@@ -7385,14 +7600,17 @@ static uint64_t front_hash(const struct in6_addr *addr, uint16_t port, uint8_t p
 	return hash64((uint64_t)port << 8 | proto, addr, sizeof(*addr));
 }
 
-static void flow_add(void *overview, const struct tl_tuple *t, const struct tl_flow *f)
+static void flow_add(void *overview, int fd, const void *key, const void *value)
 {
+	const struct tl_tuple *t = key;
+	const struct tl_flow *f = value;
 	struct overview *o = overview;
 	bool back = t->dir == TL_REPLY;
 	const struct tl_addr *addr = back ? &f->src : &t->dst;
 	uint16_t port = ntohs(back ? f->sport : t->dport);
 	struct front *front = NULL;
 
+	(void)fd;
 	if (t->dir > TL_REPLY)
 		return;
 	o->flows += !back;
@@ -7419,22 +7637,22 @@ static void flows_read(const struct maps *m, struct overview *o, struct entry *e
 			table_add(&o->fronts, &front->link,
 				  front_hash(&front->at.addr, front->at.port, e->proto));
 		}
-	flows_walk(m->fd[CT_MAP], flow_add, o);
+	map_walk(m->fd[CT_MAP], flow_add, o);
 }
 
 /* False: there is no such interface. */
 static bool door_read(int ifindex, struct door *d)
 {
-	struct link_news l = { .ifindex = ifindex };
+	struct doorway l = { .ifindex = ifindex };
 	struct bpf_link_info link;
-	bool there = link_find(&l);
+	bool there = link_look(&l);
 	int fd = pinned("to", ifindex);
 	struct tl_door door = { 0 };
 
 	bpf_map_lookup_elem(maps.fd[DOOR_MAP], &ifindex, &door);
 	*d = (struct door){ .ifindex = ifindex,
 			    .l2 = is_ethernet(l.type),
-			    .pods = door.snat[0].w[3] || door.snat[1].w[0],
+			    .pods = is_far(&door),
 			    .hook = is_tcx_link(fd, &link) ? "tcx" : "clsact" };
 	memcpy(d->name, l.name, sizeof(d->name));
 	close(fd);
@@ -7724,7 +7942,7 @@ static enum verdict check_iface(int what)
 
 	(void)what;
 	fail("there, and up");
-	for (struct iface *i = agent.iface; i < agent.iface + agent.n_iface && v == GOOD; i++) {
+	for (struct doorway *i = agent.door; i < agent.door + agent.n_iface && v == GOOD; i++) {
 		struct ifreq dev = { 0 };
 
 		memcpy(dev.ifr_name, i->name, IF_NAMESIZE);
@@ -7778,7 +7996,7 @@ static enum verdict check_rp_filter(int what)
 	int all = sysctl_read("ipv4/conf/", "all", "/rp_filter");
 
 	(void)what;
-	for (struct iface *i = agent.iface; i < agent.iface + agent.n_iface; i++) {
+	for (struct doorway *i = agent.door; i < agent.door + agent.n_iface; i++) {
 		int own = sysctl_read("ipv4/conf/", i->name, "/rp_filter");
 
 		if (own < 0)
@@ -8133,8 +8351,9 @@ static int take_ifaces(const struct option_row *o, const char *s)
 			return fail("--iface: up to %d names of at most %d characters, with commas "
 				    "between, and not \"%s\"",
 				    MAX_IFACES, IF_NAMESIZE - 1, s);
-		memset(agent.iface[agent.n_iface].name, 0, IF_NAMESIZE);
-		memcpy(agent.iface[agent.n_iface++].name, s, n);
+		memset(agent.door[agent.n_iface].name, 0, IF_NAMESIZE);
+		memcpy(agent.door[agent.n_iface++].name, s, n);
+		agent.n_doors = agent.n_iface;
 		s += n;
 		if (!*s)
 			return 0;
