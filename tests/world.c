@@ -171,15 +171,25 @@ static void serve_tcp(int listener, const char *name)
 	_exit(0);
 }
 
+/* Answers come from the address that was asked: a host may have many. */
 static void serve_udp(int fd, const char *name)
 {
-	struct sockaddr_in6 who;
-	socklen_t len = sizeof(who);
 	char text[4096], in[3500];
-	ssize_t n = recvfrom(fd, in, sizeof(in), 0, (struct sockaddr *)&who, &len);
+	struct sockaddr_in6 who;
+	union {
+		struct cmsghdr first;
+		char room[CMSG_SPACE(sizeof(struct in6_pktinfo))];
+	} control;
+	struct iovec iov = { in, sizeof(in) };
+	struct msghdr msg = { .msg_name = &who, .msg_namelen = sizeof(who), .msg_iov = &iov, .msg_iovlen = 1,
+			      .msg_control = &control, .msg_controllen = sizeof(control) };
+	ssize_t n = recvmsg(fd, &msg, 0);
 
-	if (n >= 0)
-		sendto(fd, text, answer(text, name, &who, in, n), 0, (struct sockaddr *)&who, len);
+	if (n < 0)
+		return;
+	((struct in6_pktinfo *)CMSG_DATA(&control.first))->ipi6_ifindex = 0; /* by whatever way routes say */
+	iov = (struct iovec){ text, answer(text, name, &who, in, n) };
+	sendmsg(fd, &msg, 0);
 }
 
 static int pod(char **arg)
@@ -187,6 +197,7 @@ static int pod(char **arg)
 	struct pollfd p[2] = { { .fd = listen_on(SOCK_STREAM, atoi(arg[1])), .events = POLLIN },
 			       { .fd = listen_on(SOCK_DGRAM, atoi(arg[1])), .events = POLLIN } };
 
+	setsockopt(p[1].fd, IPPROTO_IPV6, IPV6_RECVPKTINFO, &(int){ 1 }, sizeof(int));
 	puts("ready");
 	fflush(stdout);
 	while (poll(p, 2, -1) > 0) {

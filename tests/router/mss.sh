@@ -23,10 +23,7 @@ mtus() {
 	ip -n "$(world_ns laptop)" link set vpn1 mtu "$1"
 	ip -n "$(world_ns node1)" link set tailscale0 mtu "$2"
 	ip -n "$(world_ns node1)" link set vpn0 mtu "$2"
-	for host in $clients; do # what paths were
-		on "$host" ip route flush cache
-		on "$host" ip -6 route flush cache
-	done
+	forget_paths
 }
 
 watch

@@ -4,9 +4,6 @@
 # neighbours: what others do on a node keeps working and keeps its say: tc programs, policies
 # on the addresses of pods and clients, flannel's rules, tailscaled's.
 
-. ../flannel.sh
-in_ns() { on "$@"; }
-
 watch
 
 ### tc programs before and behind ours
@@ -43,16 +40,6 @@ watched programs unsure
 
 ### policies on addresses of pods and clients
 
-# rules NODE TOOL LINES: appended as they are; no_rules: none but what was there at first
-rules() { on "$1" "$2-restore" -n; }
-no_rules() {
-	local node family table
-	for node in $nodes; do
-		for family in ip ip6; do
-			for table in filter nat; do on "$node" nft delete table $family $table 2>/dev/null || true; done
-		done
-	done
-}
 # policies TOOL CLIENT OTHER POD PROHIBITED: CLIENT may not reach pods at all, OTHER may not reach POD
 policies() {
 	rules node1 "$1" <<-E
@@ -93,33 +80,6 @@ no_rules
 
 ### flannel's rules, tailscaled's, both
 
-flannel() {
-	flannel_rules node1 iptables 10.42.0.0/16 10.42.0.0/24 224.0.0.0/4
-	flannel_rules node1 ip6tables fd42::/32 fd42::/64 ff00::/8
-	flannel_rules node2 iptables 10.42.0.0/16 10.42.1.0/24 224.0.0.0/4
-	flannel_rules node2 ip6tables fd42::/32 fd42:0:0:1::/64 ff00::/8
-}
-# As tailscaled writes them, with --stateful-filtering and --snat-subnet-routes.
-tailscaled() {
-	local tool
-	for tool in iptables ip6tables; do
-		rules node1 $tool <<-E
-			*filter
-			:ts-forward - [0:0]
-			-I FORWARD -j ts-forward
-			-A ts-forward -i tailscale0 -j MARK --set-xmark 0x40000/0xff0000
-			-A ts-forward -m mark --mark 0x40000/0xff0000 -j ACCEPT
-			-A ts-forward -o tailscale0 -m conntrack ! --ctstate ESTABLISHED,RELATED -j DROP
-			-A ts-forward -o tailscale0 -j ACCEPT
-			COMMIT
-			*nat
-			:ts-postrouting - [0:0]
-			-I POSTROUTING -j ts-postrouting
-			-A ts-postrouting -m mark --mark 0x40000/0xff0000 -j MASQUERADE
-			COMMIT
-		E
-	done
-}
 # Whom a pod sees: of this node, of another, behind a router
 seen() { # SETTING HOST FAMILY POD
 	local here=10.42.0.1 there=192.0.2.1 behind=10.42.8.1
@@ -132,7 +92,7 @@ seen() { # SETTING HOST FAMILY POD
 	esac
 }
 for setting in flannel tailscaled both; do
-	case $setting in flannel) flannel ;; tailscaled) tailscaled ;; both) flannel && tailscaled ;; esac
+	case $setting in flannel) flannel ;; tailscaled) tailscaled node1 ;; both) flannel && tailscaled node1 ;; esac
 	for way in $ways; do
 		host=${way%:*} family=${way#*:} name="$setting, $(link "${way%:*}"), IPv${way#*:}"
 		for row in "a 11" "c 15" "h 12"; do

@@ -102,6 +102,10 @@ router_up() {
 					type filter hook forward priority 0
 					ct state invalid counter drop
 				}
+				chain input {
+					type filter hook input priority 0
+					ct state invalid counter drop
+				}
 			}
 		E
 	done
@@ -124,6 +128,7 @@ router_up() {
 	world_pod d 6 node2 1
 	world_pod h 5 hop 9
 	for n in a b c d; do world_start "pod-$n" "$WORLD" pod "pod-$n" 8081; done
+	for n in $nodes; do world_start "$n" "$WORLD" pod "$n" 8080; done
 	for n in "b node1" "c node2"; do
 		on "pod-${n% *}" ethtool -K eth0 tx off >/dev/null
 		on "${n#* }" ethtool -K "pod-${n% *}" tx off >/dev/null
@@ -132,7 +137,8 @@ router_up() {
 }
 
 declare -A pod_at=([a]="10.42.0.5 fd42::5 node1" [b]="10.42.0.6 fd42::6 node1" [c]="10.42.1.5 fd42:0:0:1::5 node2"
-	[d]="10.42.1.6 fd42:0:0:1::6 node2" [h]="10.42.9.5 fd42:0:0:9::5 hop")
+	[d]="10.42.1.6 fd42:0:0:1::6 node2" [h]="10.42.9.5 fd42:0:0:9::5 hop"
+	[n]="192.0.2.1 2001:db8::1 node1" [m]="192.0.2.2 2001:db8::2 node2") # the nodes themselves
 
 # slice NAME FAMILY PORT TARGET PODS: its endpoints of that family and target port
 slice() {
@@ -171,6 +177,15 @@ offload() {
 	on pod-a ethtool -K eth0 tx "$1" >/dev/null
 }
 
+# forget_paths: what clients have learnt of MTUs
+forget_paths() {
+	local host
+	for host in $clients; do
+		on "$host" ip route flush cache
+		on "$host" ip -6 route flush cache
+	done
+}
+
 # flood_way: flood0, by which wire.c asks, and who asks there; once
 flood_way() {
 	local node
@@ -189,6 +204,49 @@ flood_way() {
 					ip6 daddr fd80::/64 notrack
 				}
 			}
+		E
+	done
+}
+
+### what others do on a node
+
+. ../flannel.sh
+in_ns() { on "$@"; }
+
+# rules NODE TOOL LINES: appended as they are; no_rules: none but what was there at first
+rules() { on "$1" "$2-restore" -n; }
+no_rules() {
+	local node family table
+	for node in $nodes; do
+		for family in ip ip6; do
+			for table in filter nat; do on "$node" nft delete table $family $table 2>/dev/null || true; done
+		done
+	done
+}
+flannel() {
+	flannel_rules node1 iptables 10.42.0.0/16 10.42.0.0/24 224.0.0.0/4
+	flannel_rules node1 ip6tables fd42::/32 fd42::/64 ff00::/8
+	flannel_rules node2 iptables 10.42.0.0/16 10.42.1.0/24 224.0.0.0/4
+	flannel_rules node2 ip6tables fd42::/32 fd42:0:0:1::/64 ff00::/8
+}
+# tailscaled NODE: as it writes them, with --stateful-filtering and --snat-subnet-routes.
+tailscaled() {
+	local tool
+	for tool in iptables ip6tables; do
+		rules "$1" $tool <<-E
+			*filter
+			:ts-forward - [0:0]
+			-I FORWARD -j ts-forward
+			-A ts-forward -i tailscale0 -j MARK --set-xmark 0x40000/0xff0000
+			-A ts-forward -m mark --mark 0x40000/0xff0000 -j ACCEPT
+			-A ts-forward -o tailscale0 -m conntrack ! --ctstate ESTABLISHED,RELATED -j DROP
+			-A ts-forward -o tailscale0 -j ACCEPT
+			COMMIT
+			*nat
+			:ts-postrouting - [0:0]
+			-I POSTROUTING -j ts-postrouting
+			-A ts-postrouting -m mark --mark 0x40000/0xff0000 -j MASQUERADE
+			COMMIT
 		E
 	done
 }

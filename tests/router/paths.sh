@@ -25,13 +25,6 @@ widen() {
 	ip -n "$(world_ns "$1")" route delete "$2"
 	ip -n "$(world_ns "$1")" -6 route delete "$3"
 }
-forget_paths() {
-	local host
-	for host in $clients; do
-		on "$host" ip route flush cache
-		on "$host" ip -6 route flush cache
-	done
-}
 # too_long NUMBER POD: the client's sockets learn of 1300 from the service they speak with
 too_long() {
 	local way host family to name errors

@@ -105,11 +105,9 @@ for way in $ways; do
 	host=${way%:*} family=${way#*:} to=$(vip "${way#*:}" 12)
 	check "--snat auto, $(link "$host"), IPv$family: UDP learns the MTU" same "$(talk "$host" mtu udp "$to" 80)" \
 		"EMSGSIZE from $to about $to:80, its own words, mtu 1300 1300, as long is answered"
-	on "$host" ip route flush cache
-	on "$host" ip -6 route flush cache
+	forget_paths
 	check "--snat auto, $(link "$host"), IPv$family: TCP learns the MTU" same "$(talk "$host" mtu tcp "$to" 80 | sed 's/mtu .* then/mtu/')" "pod-h mtu 1300"
-	on "$host" ip route flush cache
-	on "$host" ip -6 route flush cache
+	forget_paths
 done
 ip -n "$(world_ns hop)" route delete 10.42.9.5
 ip -n "$(world_ns hop)" -6 route delete fd42:0:0:9::5
@@ -130,8 +128,6 @@ talking=${ways//:/}
 
 ### beside who masquerades already
 
-. ../flannel.sh
-in_ns() { on "$@"; }
 beside() { # SETTING
 	local way host family name row
 	for way in $ways; do

@@ -3,6 +3,8 @@
 """talk.py: what a client's, or a pod's, sockets are told. The pods are those of world.c.
 
   talk.py ask tcp|udp ADDRESS PORT [SIZE]   one question, its answer: "POD CLIENT PORT", or what went wrong
+  talk.py who tcp|udp ADDRESS PORT N        as many questions, each from a port of its own: who answers them,
+                                            and whom they see: "POD CLIENT, POD CLIENT"
   talk.py mtu udp ADDRESS PORT              a datagram that must not be cut up and is too long: what
                                             the socket learns, from whom; then one that fits is answered
   talk.py mtu tcp ADDRESS PORT              an upload: the path's MTU when it is through
@@ -117,6 +119,10 @@ def ask(kind, address, port, size=10):
         return f"{pod} {client} {seen}"
     except OSError as error:
         return errno.errorcode.get(error.errno, str(error))
+
+
+def who(kind, address, port, n):
+    return ", ".join(sorted({ask(kind, address, port).rsplit(" ", 1)[0] for _ in range(int(n))}))
 
 
 def ask_mtu(kind, address, port):
@@ -350,7 +356,7 @@ def main(command, *args):
         flows = Flows(int(args[0]), args[1:])
         print("ready", flush=True)
         return flows.obey()
-    do = {"ask": ask, "mtu": ask_mtu, "ttl": ask_ttl, "refused": ask_refused, "leave": leave,
+    do = {"ask": ask, "who": who, "mtu": ask_mtu, "ttl": ask_ttl, "refused": ask_refused, "leave": leave,
           "late": late, "mss": mss,
           "sink": sink, "stream": stream}[command]
     print(do(*args))
