@@ -5517,7 +5517,7 @@ struct watch {
 	unsigned failures;	 /* in a row */
 	bool no_stream;		 /* the server cannot stream a list */
 	bool no_pages;		 /* paging was too slow for it: all in one */
-	bool lost;		 /* could not connect: the server may be another by now */
+	bool lost;		 /* cut off, or could not connect: the server may be another by now */
 	bool whole;		 /* the list's end was read */
 	bool reused;		 /* the connection had an answer before */
 	char rv[64];		 /* resume from here; "": list first */
@@ -5646,6 +5646,7 @@ static void watch_fail(struct api *a, struct watch *w)
 	else if (!a->failed && (!w->least || w->failures > 4)) /* a busy server is asked again */
 		a->failed = strdup(why);
 	a->troubled |= 1 << w->kind;
+	w->lost |= w->state == WATCH_FOLLOWING;
 	for (int k = 0; k < N_KINDS && w->state < WATCH_ASKING; k++) {
 		a->watch[k].lost = true; /* it may come back as another, with another etcd */
 		a->watch[k].no_stream = false;
