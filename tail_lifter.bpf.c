@@ -683,7 +683,8 @@ static __attribute__((noinline)) int keep_other(const struct tl_tuple *t, const 
 __inline_always int use_flow(struct __sk_buff *skb, const struct packet *p, struct tl_flow *flow)
 {
 	bool back = p->tuple.dir & 1;
-	__u32 state = flow->state | (back ? TL_FLOW_ANSWERED : 0) | (p->rst ? TL_FLOW_RST : 0) |
+	__u32 state = flow->state | (p->rst ? TL_FLOW_RST : 0) |
+		      (back ? TL_FLOW_ANSWERED : flow->state & TL_FLOW_ANSWERED ? TL_FLOW_OPEN : 0) |
 		      (p->fin ? (back ? TL_FLOW_FIN_BACK : TL_FLOW_FIN) : 0);
 	__u64 now = bpf_jiffies64();
 	int reason;
