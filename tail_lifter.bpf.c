@@ -698,7 +698,7 @@ __inline_always int use_flow(struct __sk_buff *skb, const struct packet *p, stru
 	reason = keep_other(&p->tuple, flow);
 	if (reason == TL_FLOW_HEALED)
 		count(TL_FLOW_HEALED);
-	else if (reason)
+	else if (reason == TL_STALE_REPLY)
 		flow->seen = 0; /* asked again, it says the same */
 	return reason == TL_FLOW_HEALED ? 0 : reason;
 }
@@ -828,7 +828,7 @@ static __attribute__((noinline)) int icmp_error(struct __sk_buff *skb, struct pa
 	key.dport = ports[0];
 	key.proto = q->tuple.proto;
 	flow = bpf_map_lookup_elem(&ct_map, &key);
-	if (!flow)
+	if (!flow || is_expired(key.proto, flow))
 		return 0;
 	to[0] = p->tuple.dir == TL_REPLY || same_addr(&p->tuple.src, &key.src) ? flow->src : p->tuple.src;
 	to[1] = flow->dst;
@@ -862,6 +862,17 @@ __inline_always int without_ports(struct __sk_buff *skb, struct packet *p, int o
 }
 
 /* === directions =========================================================== */
+/* A client begins to talk to a pod itself. If the same ports were a flow's, which is over, the
+ * pod's answers are that one's no longer. */
+__inline_always void forget_reply(const struct packet *p)
+{
+	struct tl_tuple key = { p->tuple.dst, p->tuple.src, p->tuple.dport, p->tuple.sport, p->tuple.proto, TL_REPLY, 0 };
+	struct tl_flow *flow = bpf_map_lookup_elem(&ct_map, &key);
+
+	if (flow && flow->state & TL_FLOW_CLOSED)
+		bpf_map_delete_elem(&ct_map, &key);
+}
+
 /* A request without a flow, or a SYN, which asks anew: a flow whose backend is
  * still in the set and that nobody closed stays where it is (the SYN came
  * twice), any other is replaced. */
@@ -875,8 +886,12 @@ __inline_always int new_request(struct __sk_buff *skb, struct packet *p, struct 
 	int reason = 0;
 
 	svc = service_of(p);
-	if (!svc)
-		return reason_without_service(p);
+	if (!svc) {
+		reason = reason_without_service(p);
+		if (reason == TL_NOT_SERVED && p->syn && !p->ack)
+			forget_reply(p);
+		return reason;
+	}
 	if (!source_allowed(p, svc))
 		return TL_SOURCE;
 	backend = backend_for(p, svc, prefer, &seed, &reason);
@@ -944,11 +959,11 @@ static __attribute__((noinline)) int from_backend(struct __sk_buff *skb, struct 
 	flow = bpf_map_lookup_elem(&ct_map, &p->tuple);
 	if (!flow)
 		return TL_NO_FLOW;
-	reason = use_flow(skb, p, flow);
-	if (reason == TL_STALE_REPLY)
+	reason = is_expired(p->tuple.proto, flow) ? TL_NO_FLOW : use_flow(skb, p, flow);
+	if (reason == TL_NO_FLOW || reason == TL_STALE_REPLY) {
 		bpf_map_delete_elem(&ct_map, &p->tuple);
-	if (reason)
 		return reason;
+	}
 	return translate(skb, p, flow, dir == TL_REPLY ? TL_REPLY_SENT : TL_SNAT_BACK);
 }
 
