@@ -984,7 +984,11 @@ static __attribute__((noinline)) int to_backend(struct __sk_buff *skb, struct pa
 	if (parse_ports(skb, p))
 		return without_ports(skb, p, TL_NO_FLOW);
 	flow = bpf_map_lookup_elem(&ct_map, &p->tuple);
-	if (flow && !is_expired(p->tuple.proto, flow) && !use_flow(skb, p, flow))
+	if (flow && p->syn && !p->ack) /* it begins anew */
+		flow->state = flow->seen = 0;
+	else if (flow && is_expired(p->tuple.proto, flow))
+		flow = NULL;
+	if (flow && !use_flow(skb, p, flow))
 		return translate(skb, p, flow, TL_SNAT_OUT);
 	key.src = p->tuple.dst;
 	key.dst = p->tuple.src;
