@@ -683,7 +683,8 @@ static __attribute__((noinline)) int keep_other(const struct tl_tuple *t, const 
 __inline_always int use_flow(struct __sk_buff *skb, const struct packet *p, struct tl_flow *flow)
 {
 	bool back = p->tuple.dir & 1;
-	__u32 state = flow->state | (back ? TL_FLOW_ANSWERED : 0) | (p->rst ? TL_FLOW_RST : 0) |
+	__u32 state = flow->state | (p->rst ? TL_FLOW_RST : 0) |
+		      (back ? TL_FLOW_ANSWERED : flow->state & TL_FLOW_ANSWERED ? TL_FLOW_OPEN : 0) |
 		      (p->fin ? (back ? TL_FLOW_FIN_BACK : TL_FLOW_FIN) : 0);
 	__u64 now = bpf_jiffies64();
 	int reason;
@@ -697,7 +698,7 @@ __inline_always int use_flow(struct __sk_buff *skb, const struct packet *p, stru
 	reason = keep_other(&p->tuple, flow);
 	if (reason == TL_FLOW_HEALED)
 		count(TL_FLOW_HEALED);
-	else if (reason)
+	else if (reason == TL_STALE_REPLY)
 		flow->seen = 0; /* asked again, it says the same */
 	return reason == TL_FLOW_HEALED ? 0 : reason;
 }
@@ -827,7 +828,7 @@ static __attribute__((noinline)) int icmp_error(struct __sk_buff *skb, struct pa
 	key.dport = ports[0];
 	key.proto = q->tuple.proto;
 	flow = bpf_map_lookup_elem(&ct_map, &key);
-	if (!flow)
+	if (!flow || is_expired(key.proto, flow))
 		return 0;
 	to[0] = p->tuple.dir == TL_REPLY || same_addr(&p->tuple.src, &key.src) ? flow->src : p->tuple.src;
 	to[1] = flow->dst;
@@ -861,6 +862,17 @@ __inline_always int without_ports(struct __sk_buff *skb, struct packet *p, int o
 }
 
 /* === directions =========================================================== */
+/* A client begins to talk to a pod itself. If the same ports were a flow's, which is over, the
+ * pod's answers are that one's no longer. */
+__inline_always void forget_reply(const struct packet *p)
+{
+	struct tl_tuple key = { p->tuple.dst, p->tuple.src, p->tuple.dport, p->tuple.sport, p->tuple.proto, TL_REPLY, 0 };
+	struct tl_flow *flow = bpf_map_lookup_elem(&ct_map, &key);
+
+	if (flow && flow->state & TL_FLOW_CLOSED)
+		bpf_map_delete_elem(&ct_map, &key);
+}
+
 /* A request without a flow, or a SYN, which asks anew: a flow whose backend is
  * still in the set and that nobody closed stays where it is (the SYN came
  * twice), any other is replaced. */
@@ -874,8 +886,12 @@ __inline_always int new_request(struct __sk_buff *skb, struct packet *p, struct 
 	int reason = 0;
 
 	svc = service_of(p);
-	if (!svc)
-		return reason_without_service(p);
+	if (!svc) {
+		reason = reason_without_service(p);
+		if (reason == TL_NOT_SERVED && p->syn && !p->ack)
+			forget_reply(p);
+		return reason;
+	}
 	if (!source_allowed(p, svc))
 		return TL_SOURCE;
 	backend = backend_for(p, svc, prefer, &seed, &reason);
@@ -943,11 +959,11 @@ static __attribute__((noinline)) int from_backend(struct __sk_buff *skb, struct 
 	flow = bpf_map_lookup_elem(&ct_map, &p->tuple);
 	if (!flow)
 		return TL_NO_FLOW;
-	reason = use_flow(skb, p, flow);
-	if (reason == TL_STALE_REPLY)
+	reason = is_expired(p->tuple.proto, flow) ? TL_NO_FLOW : use_flow(skb, p, flow);
+	if (reason == TL_NO_FLOW || reason == TL_STALE_REPLY) {
 		bpf_map_delete_elem(&ct_map, &p->tuple);
-	if (reason)
 		return reason;
+	}
 	return translate(skb, p, flow, dir == TL_REPLY ? TL_REPLY_SENT : TL_SNAT_BACK);
 }
 
@@ -968,7 +984,11 @@ static __attribute__((noinline)) int to_backend(struct __sk_buff *skb, struct pa
 	if (parse_ports(skb, p))
 		return without_ports(skb, p, TL_NO_FLOW);
 	flow = bpf_map_lookup_elem(&ct_map, &p->tuple);
-	if (flow && !is_expired(p->tuple.proto, flow) && !use_flow(skb, p, flow))
+	if (flow && p->syn && !p->ack) /* it begins anew */
+		flow->state = flow->seen = 0;
+	else if (flow && is_expired(p->tuple.proto, flow))
+		flow = NULL;
+	if (flow && !use_flow(skb, p, flow))
 		return translate(skb, p, flow, TL_SNAT_OUT);
 	key.src = p->tuple.dst;
 	key.dst = p->tuple.src;

@@ -147,6 +147,7 @@ enum tl_flow_state {
 	TL_FLOW_FIN_BACK = 4,  /* the backend has sent a FIN, */
 	TL_FLOW_RST = 8,       /* either of them a RST */
 	TL_FLOW_SNAT = 16,     /* begun for a TL_BACKEND_SNAT */
+	TL_FLOW_OPEN = 32,     /* the client has sent something since it was answered */
 	TL_FLOW_CLOSED = TL_FLOW_FIN | TL_FLOW_FIN_BACK | TL_FLOW_RST,
 };
 
@@ -158,7 +159,7 @@ static inline __u32 tl_flow_idle(__u8 proto, __u32 state)
 		return state & TL_FLOW_ANSWERED ? 180 : 30;
 	if (state & TL_FLOW_CLOSED)
 		return state & TL_FLOW_RST ? 10 : 120;
-	return state & TL_FLOW_ANSWERED ? 86400 : 120;
+	return state & TL_FLOW_OPEN ? 86400 : 120;
 }
 
 struct tl_flow {
