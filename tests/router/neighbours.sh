@@ -59,23 +59,37 @@ for host in $clients; do
 	policies iptables "${v4%7}8" "${v4%7}9" 10.42.0.5 icmp-admin-prohibited
 	policies ip6tables "${v6%7}8" "${v6%7}9" fd42::5 icmp6-adm-prohibited
 done
+# policed SETTING: whatever pods see of the clients, policies see clients
+policed() {
+	local way host family name me to a c kind
+	for way in $ways; do
+		host=${way%:*} family=${way#*:}
+		me=$(own "$host" "$family") to=$(vip "$family" 11)
+		case $1 in *on) a=$(node_at "$family" a) c=$(node_at "$family" c) ;; *) a=$me c=${me%7}9 ;; esac
+		name="$(link "$host"), IPv$family, policies, $1"
+		# from SOURCE COMMAND...
+		from() { SOURCE=${me%7}$1 PATIENCE=0.4 talk "$host" "${@:2}"; }
+		check "$name: a client that is refused, by TCP" same "$(from 8 ask tcp "$to" 80)" ECONNREFUSED
+		check "$name: a client that is refused, by UDP" same "$(from 8 refused "$to" 80)" \
+			"$([ "$family" = 4 ] && echo EHOSTUNREACH || echo EACCES) from $to about $to:80, its own words"
+		check "$name: a client that is ignored by one pod" same "$(from 9 ask tcp "$to" 80)" "timed out"
+		check "$name: but not by another" same "$(from 9 ask tcp "$(vip "$family" 15)" 80 | cut -d ' ' -f 1-2)" "pod-c $c"
+		for kind in tcp udp; do
+			check "$name: a client that is welcome, $kind" same "$(talk "$host" ask $kind "$to" 80 | cut -d ' ' -f 1-2)" "pod-a $a"
+		done
+	done
+}
 offload off
 watch
-for way in $ways; do
-	host=${way%:*} family=${way#*:}
-	me=$(own "$host" "$family") to=$(vip "$family" 11)
-	name="$(link "$host"), IPv$family, policies"
-	# from SOURCE COMMAND...
-	from() { SOURCE=${me%7}$1 PATIENCE=0.4 talk "$host" "${@:2}"; }
-	check "$name: a client that is refused, by TCP" same "$(from 8 ask tcp "$to" 80)" ECONNREFUSED
-	check "$name: a client that is refused, by UDP" same "$(from 8 refused "$to" 80)" \
-		"$([ "$family" = 4 ] && echo EHOSTUNREACH || echo EACCES) from $to about $to:80, its own words"
-	check "$name: a client that is ignored by one pod" same "$(from 9 ask tcp "$to" 80)" "timed out"
-	check "$name: but not by another" same "$(from 9 ask tcp "$(vip "$family" 15)" 80 | cut -d ' ' -f 1-2)" "pod-c ${me%7}9"
-	for kind in tcp udp; do
-		check "$name: a client that is welcome, $kind" same "$(talk "$host" ask $kind "$to" 80 | cut -d ' ' -f 1-2)" "pod-a $me"
-	done
-done
+policed "--snat off"
+agent_stop node1 TERM
+agent_start node1 --snat on
+doors_come() { lifter node1 --status -o json | jq -e '.interfaces | map(.name) | contains(["cni0", "lan"])'; }
+check "policies, --snat on: there are doors towards pods" soon 5 doors_come
+policed "--snat on"
+agent_stop node1 TERM
+lifter node1 --cleanup
+agent_start node1
 no_rules
 
 ### flannel's rules, tailscaled's, both

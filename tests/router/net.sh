@@ -82,6 +82,7 @@ router_up() {
 	for host in $clients; do
 		world_host "$host"
 		router_host "$host"
+		on "$host" sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1
 	done
 	for n in 1 2; do
 		world_node "node$n" $((n - 1))
@@ -166,6 +167,16 @@ service() {
 	for target in "${@:4}"; do
 		for family in 4 6; do slice "$1" $family "$3" "${target%=*}" "${target#*=}"; done
 	done
+}
+
+# host_behind HOST NAME N: one that has only HOST as router, 198.18.N.5 and 2001:db8:N::5
+host_behind() {
+	world_host "$2"
+	router_host "$2"
+	joined "$1" "to-$2" "$2" eth0
+	address "$1" "to-$2" "198.18.$3.1/24" "2001:db8:$3::1/64"
+	address "$2" eth0 "198.18.$3.5/24" "2001:db8:$3::5/64"
+	route "$2" default default via "198.18.$3.1" "2001:db8:$3::1" dev eth0
 }
 
 # offload on|off: of checksums, where packets begin. What an ICMP error quotes whole has a

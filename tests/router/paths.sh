@@ -50,6 +50,56 @@ widen node1 10.42.0.5 fd42::5
 narrow hop 10.42.9.5 fd42:0:0:9::5 dev cni0
 too_long 12 "a narrow road behind a router" h
 widen hop 10.42.9.5 fd42:0:0:9::5
+
+### a path behind the client, which is too narrow for a reply
+
+for host in $clients; do
+	n=$([ $host = client ] && echo 102 || echo 103)
+	host_behind $host guest-$host $n
+	ip -n "$(world_ns $host)" link set to-guest-$host mtu 1300
+	ip -n "$(world_ns guest-$host)" link set eth0 mtu 1300
+done
+route node1 198.18.102.0/24 2001:db8:102::/64 dev tailscale0
+route node1 198.18.103.0/24 2001:db8:103::/64 via 100.99.0.7 fd99::7 dev vpn0
+# A bridge on which netfilter looks puts fragments together, and what leaves it is whole, and too
+# long again, whatever the pod has learnt.
+bridge_looks() { on node1 sysctl -qw net.bridge.bridge-nf-call-ip6tables="$1" 2>/dev/null || true; }
+bridge_looks 0
+# pod_knows ADDRESS: that the way there has an MTU of 1300
+pod_knows() { on pod-a ip route get "$1" | grep -w "mtu 1300"; }
+for way in $ways; do
+	host=${way%:*} family=${way#*:} name="$(link "${way%:*}"), IPv${way#*:}: a narrow road behind the client"
+	me=$([ "$family" = 4 ] && echo 198.18.N.5 || echo 2001:db8:N::5)
+	me=${me/N/$([ "$host" = client ] && echo 102 || echo 103)}
+	ask() { talk guest-"$host" ask udp "$(vip "$family" 11)" 80 1250; }
+	errors=$(counter node1 icmp_error)
+	check "$name: an answer is too long" same "$(PATIENCE=0.5 ask)" "timed out"
+	check "$name: the pod has learnt it" pod_knows "$me"
+	check "$name: by one error of ours" same "$(($(counter node1 icmp_error) - errors))" 1
+	check "$name: its next answer arrives" same "$(ask | cut -d ' ' -f 1-2)" "pod-a $me"
+done
+bridge_looks 1
+
+### what we say ourselves
+
+# refusals: of a port that a service does not have, and by a service that has no backend
+refusals() {
+	local way host family name row to number port
+	for way in $ways; do
+		host=${way%:*} family=${way#*:}
+		for row in "11 81 no_port" "33 80 no_backend"; do
+			read -r number port reason <<<"$row"
+			to=$(vip "$family" "$number") name="$(link "$host"), IPv$family, $reason"
+			check "$name: TCP is refused" same "$(talk "$host" ask tcp "$to" "$port")" ECONNREFUSED
+			check "$name: UDP is refused" same "$(talk "$host" refused "$to" "$port")" "ECONNREFUSED from $to about $to:$port, its own words"
+			check "$name: UDP of 1300 bytes is refused" same "$(talk "$host" ask udp "$to" "$port" 1300)" ECONNREFUSED
+		done
+		for size in 8 1200; do
+			check "$name: a ping of $size bytes is answered" on "$host" ping -c 1 -W 3 -s $size "$to"
+		done
+	done
+}
+refusals
 watched paths unsure
 
 ### errors on the way and at its end
@@ -73,5 +123,6 @@ for way in $ways; do
 	check "$name: its port unreachable reaches the pod" same "$(tail -n 1 "$world_dir/late")" \
 		"ECONNREFUSED from $me about $me:PORT, its own words"
 done
+refusals
 watched errors
 offload on

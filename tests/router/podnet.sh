@@ -6,7 +6,6 @@
 # to the node's own address, which may be a service's as well: its load balancer's.
 
 # What goes from node to node goes by the tailnet, which here is where both TUNs end.
-on client sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1
 route client 10.42.0.0/24 fd42::/64 dev vpn1
 route client 10.42.1.0/24 fd42:0:0:1::/64 dev vpn2
 route node1 10.42.1.0/24 fd42:0:0:1::/64 dev tailscale0
@@ -88,11 +87,8 @@ ip -n "$(world_ns node2)" route delete 10.42.1.5
 ip -n "$(world_ns node2)" -6 route delete fd42:0:0:1::5
 offload on
 
-on client sysctl -qw net.ipv4.ip_forward=0 net.ipv6.conf.all.forwarding=0
-for host in client; do
-	for net in 10.42.0.0/24 10.42.1.0/24; do ip -n "$(world_ns $host)" route delete $net; done
-	for net in fd42::/64 fd42:0:0:1::/64; do ip -n "$(world_ns $host)" -6 route delete $net; done
-done
+for net in 10.42.0.0/24 10.42.1.0/24; do ip -n "$(world_ns client)" route delete $net; done
+for net in fd42::/64 fd42:0:0:1::/64; do ip -n "$(world_ns client)" -6 route delete $net; done
 route node1 10.42.1.0/24 fd42:0:0:1::/64 via 192.0.2.2 2001:db8::2 dev lan
 route node2 10.42.0.0/24 fd42::/64 via 192.0.2.1 2001:db8::1 dev lan
 routes_by 1

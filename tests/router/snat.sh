@@ -26,10 +26,6 @@ kill "$watcher"
 wait "$watcher" || true
 check "without source NAT: answers come the wrong way, bare" grep -E '^packets .* strays [1-9]' "$world_dir/wire"
 
-# Whom a pod sees of a client; of another node's only our address and a port of ours
-node_at() { # FAMILY POD
-	case $1$2 in 4a) echo 10.42.0.1 ;; 6a) echo fd42::1 ;; 4c) echo 192.0.2.1 ;; 6c) echo 2001:db8::1 ;; 4h) echo 10.42.8.1 ;; 6h) echo fd42:0:0:8::1 ;; esac
-}
 # asks HOST KIND FAMILY NUMBER: "POD ADDRESS", and "ours" for a port of ours
 asks() {
 	local pod address port

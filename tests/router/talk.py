@@ -10,6 +10,9 @@
   talk.py mtu tcp ADDRESS PORT              an upload: the path's MTU when it is through
   talk.py ttl N ADDRESS PORT                a datagram with that TTL: the error it meets, from whom
   talk.py refused ADDRESS PORT              a datagram to where nobody listens: the error, from whom
+  talk.py collide N ADDRESS ADDRESS PORT    one port of ours, by TCP and by UDP, towards both at once, N rounds:
+                                            as whom each is seen each time: "tcp POD CLIENT PORT POD CLIENT PORT"
+                                            and the same of udp; our port is called OURS
   talk.py leave ADDRESS PORT                asks by UDP, takes one answer and is gone
   talk.py late PORT                         (a pod) answers one question, then sends more, which nobody
                                             waits for: the error, from whom
@@ -150,6 +153,32 @@ def ask_ttl(ttl, address, port):
 
 def ask_refused(address, port):
     return send_for_error(connected("udp", address, int(port)), b"is anybody there?")[0]
+
+
+def collide(n, first, second, port):
+    told = []
+    for kind in "tcp", "udp":
+        mine, pair = 0, []
+        for address in first, second:
+            s = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET,
+                              socket.SOCK_STREAM if kind == "tcp" else socket.SOCK_DGRAM)
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            s.settimeout(3)
+            s.bind(("", mine))
+            mine = s.getsockname()[1]
+            pair.append((s, address, set()))
+        for s, address, _ in pair:
+            s.connect((address, int(port)))
+        for i in range(int(n)):
+            for k, (s, _, _) in enumerate(pair):
+                s.send(b"%d of %d\n" % (i, k))
+            for k, (s, _, seen) in enumerate(pair):
+                *who, asked = parse(receive_answer(s) if kind == "tcp" else s.recv(4096))
+                if asked != f"{i} of {k}\n":
+                    return f"{kind}: {i} of {k} was answered as {asked}"
+                seen.add(f"{who[0]} {who[1]} {'OURS' if who[2] == mine else who[2]}")
+        told.append(" ".join((kind, *(", ".join(sorted(seen)) for *_, seen in pair))))
+    return "; ".join(told)
 
 
 def leave(address, port):
@@ -356,7 +385,7 @@ def main(command, *args):
         flows = Flows(int(args[0]), args[1:])
         print("ready", flush=True)
         return flows.obey()
-    do = {"ask": ask, "who": who, "mtu": ask_mtu, "ttl": ask_ttl, "refused": ask_refused, "leave": leave,
+    do = {"ask": ask, "who": who, "mtu": ask_mtu, "ttl": ask_ttl, "refused": ask_refused, "collide": collide, "leave": leave,
           "late": late, "mss": mss,
           "sink": sink, "stream": stream}[command]
     print(do(*args))

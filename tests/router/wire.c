@@ -153,6 +153,8 @@ static const char *check_udp(const struct ip *ip)
 	return check_ports_sum(ip, 6) ? "UDP checksum" : NULL;
 }
 
+static const char *check_filled(const struct ip *ip);
+
 static const char *check_icmp(const struct ip *ip)
 {
 	uint8_t type;
@@ -160,7 +162,9 @@ static const char *check_icmp(const struct ip *ip)
 
 	if (ip->n_l4 < 8)
 		return "ICMP length";
-	if (check_sum(ip, 2, ip->alen == 16, ip->partial))
+	if (ip->partial)
+		return check_filled(ip);
+	if (check_sum(ip, 2, ip->alen == 16, false))
 		return ip->alen == 16 ? "ICMPv6 checksum" : "ICMP checksum";
 	type = ip->l4[0];
 	error = ip->alen == 16 ? type >= 1 && type <= 4 : type == 3 || type == 11 || type == 12;
@@ -242,6 +246,32 @@ static const char *parse_v6(struct ip *ip)
 	ip->l4 = x;
 	ip->n_l4 = p + payload + 40 - x;
 	return NULL;
+}
+
+static void put16(uint8_t *p, uint32_t v)
+{
+	p[0] = v >> 8;
+	p[1] = v;
+}
+
+/* What is left to the device in an error is the checksum of the packet that it was made of
+ * and quotes: filled in as the device will do it, all must be right. */
+static const char *check_filled(const struct ip *ip)
+{
+	static uint8_t data[65536];
+	struct ip filled = *ip, quote = { .at = data + 8, .n = ip->n_l4 - 8, .quoted = true };
+	const char *wrong;
+	uint8_t *l4;
+
+	filled.l4 = memcpy(data, ip->l4, ip->n_l4);
+	filled.partial = false;
+	n.partial++;
+	wrong = data[8] >> 4 == 4 ? parse_v4(&quote) : parse_v6(&quote);
+	if (wrong || (quote.proto != TCP && quote.proto != UDP) || quote.l4 + (quote.proto == TCP ? 18 : 8) > data + ip->n_l4)
+		return "a checksum is left to the device, in an error about what?";
+	l4 = data + (quote.l4 - data);
+	put16(l4 + (quote.proto == TCP ? 16 : 6), 0xffff - add(0, l4, data + ip->n_l4 - l4));
+	return check_icmp(&filled);
 }
 
 /* Fragments seen at one place, until they are a whole. */
@@ -456,12 +486,6 @@ static uint16_t asker(uint32_t i, uint32_t alen, uint8_t *addr)
 	addr[alen - 2] = i % 1000 >> 8;
 	addr[alen - 1] = i % 1000;
 	return 1024 + i / 1000 % 64000;
-}
-
-static void put16(uint8_t *p, uint32_t v)
-{
-	p[0] = v >> 8;
-	p[1] = v;
 }
 
 static uint32_t question(uint8_t *p, const struct service *to, uint32_t i)
