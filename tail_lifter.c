@@ -7335,7 +7335,8 @@ static int agent_open(struct agent *a, bool once)
 		return fail("another tail_lifter (%s) is at work with %s; stop it first, or use "
 			    "another --pin-dir",
 			    agent_where(pin_dir_holder(a->pin_fd)), opt.pin_dir);
-	if (loop_open(a) || (!once && metrics_open(a)) || datapath_load(&maps))
+	/* the source before the datapath: a first start without one leaves nothing behind */
+	if (loop_open(a) || (!once && metrics_open(a)) || source_open(a, once) || datapath_load(&maps))
 		return -1;
 	a->netlink_fd = netlink_open(RTMGRP_LINK | (opt.snat ? RTMGRP_IPV4_ROUTE | RTMGRP_IPV6_ROUTE |
 						    RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR : 0));
@@ -7346,8 +7347,6 @@ static int agent_open(struct agent *a, bool once)
 	a->tailscaled.tag = WAKE_TAILSCALED;
 	if (!bpf_map_get_next_key(maps.fd[SVC_MAP], NULL, &any)) /* of an earlier run */
 		doors_begin(a);
-	if (source_open(a, once))
-		return -1;
 	status_write(a);
 	return 0;
 }
