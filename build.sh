@@ -534,7 +534,7 @@ link_static() {
 	run $LLD -pie -static --no-dynamic-linker -o "$out" "$LIB/lib/rcrt1.o" "$LIB/lib/crti.o" \
 		"$($CC -print-file-name=crtbeginS.o)" "$@" -L"$LIB/lib" -lbpf -lelf -lmbedtls \
 		--start-group -lc "$($CC -print-libgcc-file-name)" --end-group \
-		"$($CC -print-file-name=crtendS.o)" "$LIB/lib/crtn.o" --gc-sections -O2 $machine \
+		"$($CC -print-file-name=crtendS.o)" "$LIB/lib/crtn.o" --gc-sections --icf=all -O2 $machine \
 		-z text -z relro -z now -z noexecstack --pack-dyn-relocs=relr --build-id=none
 }
 
