@@ -694,7 +694,7 @@ layer_life() {
 	test_program world tests/world.c && LIFTER=$PWD/tail_lifter WORLD=$BUILT tests/life
 }
 layer_ship() {
-	need qemu-aarch64:qemu-user buildah:buildah readelf:binutils && tests/ship
+	need qemu-aarch64:qemu-user readelf:binutils buildah:buildah podman:podman runc:runc /lib/systemd/systemd:systemd && tests/ship
 }
 layer_real() { verb_image && tests/real/run; }
 layer_kernels() { tests/kernels/run; }

@@ -93,7 +93,7 @@ check "it is alive" is_200 "$alive_url" "the loop turns"
 check "BPF, NET_ADMIN, PERFMON, and no other capability" same "$(of_agent CapEff) $(of_agent CapBnd) $(of_agent CapAmb)" \
 	"000000c000001000 000000c000001000 0000000000000000"
 check "seccomp and no new privileges" same "$(of_agent Seccomp) $(of_agent NoNewPrivs)" "2 1"
-check "its root is read-only" grep -E '^[0-9]+ [0-9]+ [0-9:]+ / / ro[, ]' "/proc/$(agent_pid)/mountinfo"
+check "its root is read-only" grep -E '^[0-9]+ [0-9]+ [0-9:]+ [^ ]+ / ro[, ]' "/proc/$(agent_pid)/mountinfo"
 check "its memory is limited" same "$(memory_limit)" $((128 << 20))
 check "on the host its pins are where they always are" test -e "$pins/svc_map"
 check "from the host: --status" status_is '.agent.running and .agent.synced and .node == "node"'
