@@ -18,7 +18,7 @@
 # no network; `./build.sh update` looks for newer sources.
 #
 # Environment: V=1 shows every command; JOBS=n compiles n files at once; ARCH=aarch64
-# makes `build` and `cc` compile for another architecture.
+# makes `build`, `image` and `cc` work for another architecture; BUDGET=n is another budget.
 # A verb is a function verb_NAME with its line of help behind the brace.
 
 # shellcheck disable=SC2086,SC2046,SC2016,SC1003 # flags are words
@@ -27,7 +27,8 @@ export LC_ALL=C PATH=$PATH:/usr/sbin:/sbin
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 SUITE=trixie # the Debian release whose sources are taken, on whatever release we build
-BUDGET=$((640 << 10)) # bytes: ./tail_lifter must not be larger
+BUDGET=${BUDGET:-$((640 << 10))} # bytes: ./tail_lifter must not be larger
+IMAGE=docker.io/library/tail-lifter:latest # what Kubernetes takes `tail-lifter:latest` in k3s/ for
 JOBS=${JOBS:-$(nproc)}
 CACHE=${XDG_CACHE_HOME:-${HOME:-$PWD/build}/.cache}/tail_lifter
 ARCHES="x86_64 aarch64 armv7"
@@ -549,7 +550,7 @@ agent() {
 	link_static "$TMP/tail_lifter" -s "$TMP/tail_lifter.o"
 	check_static "$TMP/tail_lifter"
 	size=$(stat -c %s "$TMP/tail_lifter")
-	[ "$size" -le $BUDGET ] || die "tail_lifter for $arch has $size bytes, over the budget of $BUDGET"
+	[ "$size" -le "$BUDGET" ] || die "tail_lifter for $arch has $size bytes, over the budget of $BUDGET"
 	mv "$TMP/tail_lifter" "$out"
 	step "$arch" "$out, $size bytes of $BUDGET, sha256 $(sha256sum <"$out" | cut -d ' ' -f 1)"
 }
@@ -557,10 +558,11 @@ agent() {
 # A position-independent program that needs nothing from the machine it runs on.
 check_static() {
 	local elf
-	elf=$($TRIPLE-readelf -hldW "$1")
+	elf=$($TRIPLE-readelf -hldSW "$1")
 	grep -q 'Type: *DYN' <<<"$elf" || die "$1 is not position-independent"
 	! grep -q INTERP <<<"$elf" || die "$1 wants an interpreter"
 	! grep -q NEEDED <<<"$elf" || die "$1 wants shared libraries"
+	! grep -q '\.symtab' <<<"$elf" || die "$1 is not stripped"
 }
 
 # === verbs =================================================================
@@ -577,6 +579,32 @@ verb_all() { # build for x86_64, aarch64 and armv7 into dist/, with checksums
 		agent "$arch" "dist/tail_lifter-$arch"
 	done
 	(cd dist && sha256sum tail_lifter-* >SHA256SUMS && cat SHA256SUMS)
+}
+
+# By buildah, which needs no daemon, in a storage of its own; the same file gives the same image.
+verb_image() { # build the container image of it, one file: dist/tail-lifter.tar; ARCH=aarch64: dist/tail-lifter-aarch64.tar; as root
+	local out=dist/tail-lifter${ARCH:+-$ARCH}.tar buildah container
+	[ "$(id -u)" = 0 ] || die "buildah wants root here (sudo ./build.sh image)"
+	need buildah:buildah
+	verb_build
+	mkdir -p dist
+	scratch build
+	buildah="buildah --root $PWD/$TMP/storage --runroot $PWD/$TMP/run --storage-driver vfs"
+	container=$($buildah from scratch)
+	run $buildah copy --chown 0:0 --chmod 755 "$container" "${ARCH:+dist/}tail_lifter${ARCH:+-$ARCH}" /tail_lifter
+	run $buildah config $(image_arch "${ARCH:-$NATIVE}") --entrypoint '["/tail_lifter"]' "$container"
+	run $buildah commit --timestamp 0 --identity-label=false "$container" "docker-archive:$TMP/image.tar:$IMAGE"
+	mv "$TMP/image.tar" "$out"
+	step image "$out, $IMAGE, $(stat -c %s "$out") bytes, sha256 $(sha256sum <"$out" | cut -d ' ' -f 1)"
+}
+
+# The words of images for an architecture.
+image_arch() {
+	case $1 in
+	x86_64) echo --arch amd64 ;;
+	aarch64) echo --arch arm64 ;;
+	armv7) echo --arch arm --variant v7 ;;
+	esac
 }
 
 verb_cc() { # OUT FILE.c [FLAG...]: compile a test like the agent (musl, static), asserts on
@@ -665,7 +693,10 @@ layer_router() {
 layer_life() {
 	test_program world tests/world.c && LIFTER=$PWD/tail_lifter WORLD=$BUILT tests/life
 }
-layer_real() { tests/real/run; }
+layer_ship() {
+	need qemu-aarch64:qemu-user readelf:binutils buildah:buildah podman:podman runc:runc /lib/systemd/systemd:systemd && tests/ship
+}
+layer_real() { verb_image && tests/real/run; }
 layer_kernels() { tests/kernels/run; }
 
 # Runs a layer, shows what it says but for its last line, and adds that up. Where nothing
@@ -686,7 +717,7 @@ layer() {
 	step "" "$last, $((SECONDS - start)) s"
 }
 
-verb_test() { # [LAYER...]: unit semantics api packet netns router (the default), life, real, kernels; as root
+verb_test() { # [LAYER...]: unit semantics api packet netns router (the default), life, ship, real, kernels; as root
 	local words one
 	as_root test "$@"
 	PASSED=0 FAILED=0

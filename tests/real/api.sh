@@ -6,8 +6,6 @@
 # and the API server does the worst it can while traffic runs. Expects a lifter
 # that runs, and leaves one.
 
-manifests=$here/../../k3s
-
 ### what the controllers of a real cluster write
 
 # selecting NAME NUMBER: a service with a selector, whose target ports are names
@@ -82,20 +80,6 @@ stop lifter
 
 ### k3s/tail-lifter.yaml and k3s/teardown.yaml
 
-secrets=/run/secrets/kubernetes.io/serviceaccount # /var/run is /run, and that is ours
-agent=system:serviceaccount:kube-system:tail-lifter
-
-# token NAME: a new one, good until the Secret of that name goes; placed as a kubelet does
-token() {
-	kubectl -n kube-system create secret generic "$1" >/dev/null
-	mkdir -p "$secrets/..$1"
-	cp "$dir/server-ca.crt" "$secrets/..$1/ca.crt"
-	kubectl -n kube-system create token tail-lifter --bound-object-kind Secret --bound-object-name "$1" >"$secrets/..$1/token"
-	ln -sfn "..$1" "$secrets/..new"
-	mv -T "$secrets/..new" "$secrets/..data"
-	ln -sfn ..data/token "$secrets/token"
-	ln -sfn ..data/ca.crt "$secrets/ca.crt"
-}
 # as_shipped ARGUMENTS...: with what the DaemonSet gives to its container, and no more
 as_shipped() {
 	exec env -i NODE_NAME=node KUBERNETES_SERVICE_HOST=127.0.0.1 KUBERNETES_SERVICE_PORT=6444 \

@@ -401,6 +401,23 @@ client_has_routes() {
 		ip -n client -6 route show table 52 | grep -F fd43::/112
 }
 
+### what k3s/ ships: its manifests, and what a kubelet puts beside their containers
+
+manifests=$here/../../k3s
+secrets=/run/secrets/kubernetes.io/serviceaccount # /var/run is /run, and that is ours
+agent=system:serviceaccount:kube-system:tail-lifter
+
+# token NAME: a new one, good until the Secret of that name goes; placed as a kubelet does
+token() {
+	kubectl -n kube-system create secret generic "$1" >/dev/null
+	mkdir -p "$secrets/..$1"
+	cp "$dir/server-ca.crt" "$secrets/..$1/ca.crt"
+	kubectl -n kube-system create token tail-lifter --bound-object-kind Secret --bound-object-name "$1" >"$secrets/..$1/token"
+	ln -sfn "..$1" "$secrets/..new"
+	mv -T "$secrets/..new" "$secrets/..data"
+	ln -sfn ..data/token "$secrets/token"
+	ln -sfn ..data/ca.crt "$secrets/ca.crt"
+}
 ### the lifter
 
 pins=/sys/fs/bpf/tail_lifter-test
