@@ -396,9 +396,9 @@ __inline_always int write_addresses(struct __sk_buff *skb, struct packet *p, con
 				    __u64 flags)
 {
 	struct {
-		__u16 check; /* the header's, which no device is left to fill in */
+		__u16 zero, check; /* the header's, which no device is left to fill in */
 		__be32 src, dst;
-	} __attribute__((packed)) v4 = { .src = to->src.w[3], .dst = to->dst.w[3] };
+	} v4 = { .src = to->src.w[3], .dst = to->dst.w[3] };
 	__u64 diff = p->v6 ? bpf_csum_diff((void *)&p->tuple, 32, (void *)to, 32, 0) :
 			     fold((__u64)~p->tuple.src.w[3] + (__u32)~p->tuple.dst.w[3] + v4.src + v4.dst);
 
@@ -411,7 +411,7 @@ __inline_always int write_addresses(struct __sk_buff *skb, struct packet *p, con
 		return bpf_skb_store_bytes(skb, p->l3 + 8, &to->src, 32, 0);
 	}
 	v4.check = ~fold((__u16)~p->check + diff);
-	return bpf_skb_store_bytes(skb, p->l3 + 10, &v4, sizeof(v4), 0);
+	return bpf_skb_store_bytes(skb, p->l3 + 10, &v4.check, 10, 0);
 }
 
 /* Ports, apart from the addresses: they are not in the pseudo-header, and with
