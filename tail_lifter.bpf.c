@@ -62,81 +62,26 @@ enum { ICMP_ECHOREPLY = 0, ICMP_DEST_UNREACH = 3, ICMP_PORT_UNREACH = 3, ICMP_EC
 const volatile __u64 tl_hz = 250; /* jiffies in a second; the agent sets it before loading */
 
 /* === maps ================================================================= */
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, TL_MAX_SERVICES);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__type(key, struct tl_svc_key);
-	__type(value, struct tl_svc);
-} svc_map SEC(".maps");
+#define MAP(name, kind, n, flags, of, holds)       \
+	struct {                                   \
+		__uint(type, BPF_MAP_TYPE_##kind); \
+		__uint(max_entries, n);            \
+		__uint(map_flags, flags);          \
+		__type(key, of);                   \
+		__type(value, holds);              \
+	} name SEC(".maps")
 
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, TL_MAX_CHUNKS);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__type(key, struct tl_set_key);
-	__type(value, struct tl_chunk);
-} set_map SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, TL_MAX_TEXTS);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__type(key, struct tl_text_key);
-	__type(value, struct tl_text);
-} text_map SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
-	__uint(max_entries, TL_MAX_NETS);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__type(key, struct tl_net_key);
-	__type(value, __u32);
-} net_map SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, TL_FLOWS);
-	__type(key, struct tl_tuple);
-	__type(value, struct tl_flow);
-} ct_map SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, TL_AFFINITIES);
-	__type(key, struct tl_affinity_key);
-	__type(value, struct tl_affinity);
-} aff_map SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, TL_FRAGMENTS);
-	__type(key, struct tl_tuple);
-	__type(value, struct tl_frag);
-} frag_map SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, TL_MAX_DOORS);
-	__type(key, __u32);
-	__type(value, struct tl_door);
-} door_map SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, TL_MAX_REASONS);
-	__type(key, __u32);
-	__type(value, __u64);
-} stat_map SEC(".maps");
-
-/* The agent's own notes, for --status when it is gone; unused here, but a map
- * that the object declares is created, pinned and adopted with the others. */
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, struct tl_agent);
-} agent_map SEC(".maps");
+MAP(svc_map, HASH, TL_MAX_SERVICES, BPF_F_NO_PREALLOC, struct tl_svc_key, struct tl_svc);
+MAP(set_map, HASH, TL_MAX_CHUNKS, BPF_F_NO_PREALLOC, struct tl_set_key, struct tl_chunk);
+MAP(net_map, LPM_TRIE, TL_MAX_NETS, BPF_F_NO_PREALLOC, struct tl_net_key, __u32);
+MAP(ct_map, LRU_HASH, TL_FLOWS, 0, struct tl_tuple, struct tl_flow);
+MAP(aff_map, LRU_HASH, TL_AFFINITIES, 0, struct tl_affinity_key, struct tl_affinity);
+MAP(frag_map, LRU_HASH, TL_FRAGMENTS, 0, struct tl_tuple, struct tl_frag);
+MAP(door_map, HASH, TL_MAX_DOORS, 0, __u32, struct tl_door);
+MAP(stat_map, PERCPU_ARRAY, TL_MAX_REASONS, 0, __u32, __u64);
+/* Unused here, but a map that the object declares is created, pinned and adopted with the others. */
+MAP(text_map, HASH, TL_MAX_TEXTS, BPF_F_NO_PREALLOC, struct tl_text_key, struct tl_text);
+MAP(agent_map, ARRAY, 1, 0, __u32, struct tl_agent);
 
 /* === reasons ============================================================== */
 __inline_always void count(enum tl_reason reason)
@@ -148,20 +93,14 @@ __inline_always void count(enum tl_reason reason)
 		(*n)++;
 }
 
-/* What is done with a packet. */
+/* What is done with a packet: two bits for each reason. */
 enum fate { PASS, DROP, REFUSE, ECHO };
 
 __inline_always enum fate fate_of(enum tl_reason reason)
 {
-	switch (reason) {
-#define CASE(name, key, fate, text) \
-	case TL_##name:             \
-		return fate;
-		TL_REASONS(CASE)
-#undef CASE
-	default:
-		return PASS;
-	}
+#define LOW(name, key, fate, text)  | (__u64)(fate & 1) << TL_##name
+#define HIGH(name, key, fate, text) | (__u64)(fate >> 1) << TL_##name
+	return ((0 TL_REASONS(LOW)) >> reason & 1) | ((0 TL_REASONS(HIGH)) >> reason & 1) << 1;
 }
 
 /* === packet and parse =====================================================
@@ -173,26 +112,34 @@ struct packet {
 	struct tl_tuple tuple; /* of the outermost IP header; ports 0 until parse_ports */
 	__u32 l3, l4, end;     /* offsets of the IP header, of what it carries, of its end */
 	__u32 frag_id;
+	__u16 check;   /* IPv4 header's */
+	__u8 tcp;      /* its flags, enum tcp_flag; 0 until parse_ports, and if it is not TCP */
 	bool v6;
 	bool fragment; /* part of a fragmented datagram ... */
 	bool later;    /* ... and not its first: it has no ports */
 	bool odd;      /* headers we cannot follow: not to be steered, see parse_ip */
-	bool syn, ack, fin, rst; /* TCP's flags */
 	/* What is above is cleared for each packet. */
-	struct tl_flow flow;  /* of a new flow: what the packet becomes */
+	struct tl_flow flow;  /* what became of a flow that we were to write down */
 	__u8 quote[TL_QUOTE]; /* see refuse_icmp */
 	__u64 answers_since;  /* jiffies: the second in which ... */
 	__u64 n_answers;      /* ... so many answers were sent by this CPU */
 };
 
+enum tcp_flag { FIN = 0x01, SYN = 0x02, RST = 0x04, ACK = 0x10 };
 enum { PACKET, QUOTED, N_PACKETS }; /* the packet at hand; what an ICMP error quotes */
 
-struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, N_PACKETS);
-	__type(key, __u32);
-	__type(value, struct packet);
-} packet_map SEC(".maps");
+MAP(packet_map, PERCPU_ARRAY, N_PACKETS, 0, __u32, struct packet);
+
+/* Of an IP header without options or extensions. */
+__inline_always __u32 ip_size(const struct packet *p)
+{
+	return p->v6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr);
+}
+
+__inline_always bool is_syn(const struct packet *p)
+{
+	return (p->tcp & (SYN | ACK)) == SYN;
+}
 
 __inline_always void map_v4(struct tl_addr *a, __be32 v4)
 {
@@ -252,6 +199,7 @@ __inline_always int parse_v4(struct __sk_buff *skb, struct packet *p, const stru
 	map_v4(&p->tuple.dst, ip->daddr);
 	p->tuple.proto = ip->protocol;
 	p->l4 = p->l3 + ihl;
+	p->check = ip->check;
 	p->odd = ihl > sizeof(*ip) && is_on_the_way(skb, p->l3 + sizeof(*ip), p->l4);
 	p->frag_id = ip->id;
 	p->fragment = frag;
@@ -348,6 +296,15 @@ __inline_always void fragment_key(const struct packet *p, struct tl_tuple *key)
 		key->proto = 0; /* RFC 8200: an id stands without protocol */
 }
 
+__inline_always void remember_fragment(const struct packet *p)
+{
+	struct tl_frag first = { p->tuple.sport, p->tuple.dport, bpf_jiffies64(), p->tuple.proto };
+	struct tl_tuple key;
+
+	fragment_key(p, &key);
+	bpf_map_update_elem(&frag_map, &key, &first, BPF_ANY);
+}
+
 /* Of a later fragment: what its first one left, if that was lately: ids come again. */
 __inline_always bool know_fragment(struct packet *p)
 {
@@ -368,31 +325,27 @@ __inline_always bool know_fragment(struct packet *p)
  * the two ports. */
 __inline_always int parse_ports(struct __sk_buff *skb, struct packet *p)
 {
-	__be16 ports[2];
-	__u8 flags;
+	struct {
+		__be16 sport, dport, numbers[4];
+		__u8 length, flags;
+	} head;
+	bool tcp = p->tuple.proto == IPPROTO_TCP;
 
 	if (p->odd || p->end > skb->len)
 		return TL_BAD_HEADER;
 	if (p->later && know_fragment(p))
 		return 0;
-	if (p->tuple.proto != IPPROTO_TCP && p->tuple.proto != IPPROTO_UDP &&
-	    p->tuple.proto != IPPROTO_SCTP)
+	if (!tcp && p->tuple.proto != IPPROTO_UDP && p->tuple.proto != IPPROTO_SCTP)
 		return TL_PROTOCOL;
 	if (p->later)
 		return TL_FRAGMENT;
-	if (p->l4 + (p->tuple.proto == IPPROTO_TCP ? sizeof(struct tcphdr) : sizeof(struct udphdr)) > p->end ||
-	    bpf_skb_load_bytes(skb, p->l4, ports, sizeof(ports)))
+	if (p->l4 + (tcp ? sizeof(struct tcphdr) : sizeof(struct udphdr)) > p->end ||
+	    bpf_skb_load_bytes(skb, p->l4, &head, tcp ? sizeof(head) : 4))
 		return TL_BAD_HEADER;
-	p->tuple.sport = ports[0];
-	p->tuple.dport = ports[1];
-	if (p->tuple.proto == IPPROTO_TCP) {
-		if (bpf_skb_load_bytes(skb, p->l4 + 13, &flags, 1))
-			return TL_BAD_HEADER;
-		p->fin = flags & 0x01;
-		p->syn = flags & 0x02;
-		p->rst = flags & 0x04;
-		p->ack = flags & 0x10;
-	}
+	p->tuple.sport = head.sport;
+	p->tuple.dport = head.dport;
+	if (tcp)
+		p->tcp = head.flags;
 	return 0;
 }
 
@@ -437,14 +390,17 @@ __inline_always __u32 checksum_offset(const struct packet *p)
 	}
 }
 
-/* Addresses. 32 bytes of v4-mapped source and destination serve as difference
- * for both families: the mapped prefix cancels out. BPF_F_PSEUDO_HDR because
- * the addresses are in the pseudo-header, which is all that the checksum field
- * of a CHECKSUM_PARTIAL packet holds. */
-__inline_always int write_addresses(struct __sk_buff *skb, struct packet *p, struct tl_addr to[2], __u32 check, __u64 flags)
+/* Addresses. BPF_F_PSEUDO_HDR because they are in the pseudo-header, which is all that
+ * the checksum field of a CHECKSUM_PARTIAL packet holds. */
+__inline_always int write_addresses(struct __sk_buff *skb, struct packet *p, const struct tl_tuple *to, __u32 check,
+				    __u64 flags)
 {
-	__s64 diff = bpf_csum_diff((void *)&p->tuple.src, 32, (void *)to, 32, 0);
-	__be32 v4[2] = { to[0].w[3], to[1].w[3] };
+	struct {
+		__u16 zero, check; /* the header's, which no device is left to fill in */
+		__be32 src, dst;
+	} v4 = { .src = to->src.w[3], .dst = to->dst.w[3] };
+	__u64 diff = p->v6 ? bpf_csum_diff((void *)&p->tuple, 32, (void *)to, 32, 0) :
+			     fold((__u64)~p->tuple.src.w[3] + (__u32)~p->tuple.dst.w[3] + v4.src + v4.dst);
 
 	if (check && bpf_l4_csum_replace(skb, check, 0, diff, flags | BPF_F_PSEUDO_HDR))
 		return -1;
@@ -452,39 +408,22 @@ __inline_always int write_addresses(struct __sk_buff *skb, struct packet *p, str
 		/* CHECKSUM_COMPLETE sums the addresses too. What the helper took off for the
 		 * pseudo-header is right for IPv4, whose header has a sum of its own. */
 		bpf_csum_update(skb, diff);
-		return bpf_skb_store_bytes(skb, p->l3 + 8, to, 32, 0);
+		return bpf_skb_store_bytes(skb, p->l3 + 8, &to->src, 32, 0);
 	}
-	if (bpf_l3_csum_replace(skb, p->l3 + 10, 0, diff, 0))
-		return -1;
-	return bpf_skb_store_bytes(skb, p->l3 + 12, v4, 8, 0);
+	v4.check = ~fold((__u16)~p->check + diff);
+	return bpf_skb_store_bytes(skb, p->l3 + 10, &v4.check, 10, 0);
 }
 
 /* Ports, apart from the addresses: they are not in the pseudo-header, and with
  * CHECKSUM_PARTIAL the field must not know of them. */
-__inline_always int write_ports(struct __sk_buff *skb, struct packet *p, __be16 to[2], __u32 check, __u64 flags)
+__inline_always int write_ports(struct __sk_buff *skb, struct packet *p, const struct tl_tuple *to, __u32 check,
+				__u64 flags)
 {
-	__u32 old = p->tuple.dport << 16 | p->tuple.sport, new = to[1] << 16 | to[0];
+	__u32 old = p->tuple.dport << 16 | p->tuple.sport, new = to->dport << 16 | to->sport;
 
 	if (check && bpf_l4_csum_replace(skb, check, old, new, flags | 4))
 		return -1;
 	return bpf_skb_store_bytes(skb, p->l4, &new, 4, 0);
-}
-
-/* Makes the packet what *to says; 0 or a reason. A UDP checksum of 0 means none
- * and stays, one that becomes 0 is sent as 0xffff (RFC 768, RFC 8200 8.1). */
-__inline_always int write_packet(struct __sk_buff *skb, struct packet *p, const struct tl_flow *flow)
-{
-	struct tl_addr addrs[2] = { flow->src, flow->dst };
-	__be16 ports[2] = { flow->sport, flow->dport };
-	__u32 check = p->later ? 0 : checksum_offset(p);
-	__u64 flags = p->tuple.proto == IPPROTO_UDP ? BPF_F_MARK_MANGLED_0 : 0;
-
-	if (write_addresses(skb, p, addrs, check, flags))
-		return TL_WRITE;
-	if (!p->later && (ports[0] != p->tuple.sport || ports[1] != p->tuple.dport) &&
-	    write_ports(skb, p, ports, check, flags))
-		return TL_WRITE;
-	return 0;
 }
 
 /* === services ============================================================= */
@@ -611,25 +550,11 @@ __inline_always struct tl_backend *backend_for(const struct packet *p, const str
 }
 
 /* === flows ================================================================ */
-/* The key of a flow's other half: what the far side sends, given what this
- * half's packets become. */
-__inline_always void other_key(const struct tl_flow *flow, __u8 dir, struct tl_tuple *key)
+/* The same the other way: what the far side sends. So a flow's other half has the key
+ * turned(to), and becomes the turned key. */
+__inline_always struct tl_tuple turned(const struct tl_tuple *t)
 {
-	key->src = flow->dst;
-	key->dst = flow->src;
-	key->sport = flow->dport;
-	key->dport = flow->sport;
-	key->dir = dir ^ 1;
-	key->zero = 0;
-}
-
-/* What the other half's packets become: this half's packets, turned around. */
-__inline_always void other_half(const struct tl_tuple *t, struct tl_flow *flow)
-{
-	flow->src = t->dst;
-	flow->dst = t->src;
-	flow->sport = t->dport;
-	flow->dport = t->sport;
+	return (struct tl_tuple){ t->dst, t->src, t->dport, t->sport, t->proto, t->dir ^ 1, 0 };
 }
 
 __inline_always bool same_addr(const struct tl_addr *a, const struct tl_addr *b)
@@ -637,29 +562,27 @@ __inline_always bool same_addr(const struct tl_addr *a, const struct tl_addr *b)
 	return a->w[0] == b->w[0] && a->w[1] == b->w[1] && a->w[2] == b->w[2] && a->w[3] == b->w[3];
 }
 
-__inline_always bool same_meaning(const struct tl_flow *a, const struct tl_flow *b)
+__inline_always bool same_tuple(const struct tl_tuple *a, const struct tl_tuple *b)
 {
-	return a->sport == b->sport && a->dport == b->dport && same_addr(&a->src, &b->src) &&
-	       same_addr(&a->dst, &b->dst);
+	return a->sport == b->sport && a->dport == b->dport && same_addr(&a->src, &b->src) && same_addr(&a->dst, &b->dst);
 }
 
 /* Nobody would hold it against us: conntrack would have forgotten it too. */
-__inline_always bool is_expired(__u8 proto, const struct tl_flow *flow)
+__inline_always bool is_expired(const struct tl_flow *flow)
 {
-	return (__s64)(bpf_jiffies64() - flow->seen) > (__s64)(tl_flow_idle(proto, flow->state) * tl_hz);
+	return (__s64)(bpf_jiffies64() - flow->seen) > (__s64)(tl_flow_idle(flow->to.proto, flow->state) * tl_hz);
 }
 
 /* Writes the other half of `flow` unless it is there; 0, TL_FLOW_HEALED if it
  * had to be written, TL_STALE_REPLY if its place belongs to another flow,
- * TL_FLOW_TABLE if it could not be written. */
+ * TL_FLOW_TABLE if it could not be written. What is written may take the place in
+ * memory of any flow that others looked up before. */
 static __attribute__((noinline)) int keep_other(const struct tl_tuple *t, const struct tl_flow *flow)
 {
-	struct tl_tuple key = { .proto = t->proto };
-	struct tl_flow *there, other = { .name = flow->name, .seed = flow->seed, .seen = flow->seen,
+	struct tl_tuple key = turned(&flow->to);
+	struct tl_flow *there, other = { .to = turned(t), .name = flow->name, .seed = flow->seed, .seen = flow->seen,
 					 .state = flow->state };
 
-	other_key(flow, t->dir, &key);
-	other_half(t, &other);
 	there = bpf_map_lookup_elem(&ct_map, &key);
 	if (!there && !bpf_map_update_elem(&ct_map, &key, &other, BPF_NOEXIST))
 		return TL_FLOW_HEALED;
@@ -667,40 +590,52 @@ static __attribute__((noinline)) int keep_other(const struct tl_tuple *t, const 
 		there = bpf_map_lookup_elem(&ct_map, &key);
 	if (!there)
 		return TL_FLOW_TABLE;
-	if (!same_meaning(there, &other))
-		return is_expired(t->proto, there) && !bpf_map_update_elem(&ct_map, &key, &other, BPF_ANY) ?
-			       TL_FLOW_HEALED :
-			       TL_STALE_REPLY;
+	if (!same_tuple(&there->to, &other.to)) {
+		if (!is_expired(there))
+			return TL_STALE_REPLY;
+		return bpf_map_update_elem(&ct_map, &key, &other, BPF_ANY) ? TL_FLOW_TABLE : TL_FLOW_HEALED;
+	}
 	there->seen = flow->seen;
 	there->state = flow->state;
 	return 0;
 }
 
-/* Accounts for a packet of a known flow, and when the flow's state changes, and
- * once a second, looks after its other half, so that neither is evicted while the
- * flow is in use and a lost one returns (invariant 4). 0, or why the flow is no
- * longer good. */
-__inline_always int use_flow(struct __sk_buff *skb, const struct packet *p, struct tl_flow *flow)
+/* Accounts for a packet of a known flow, or one that begins `anew`, and when the flow's
+ * state changes, and once a second, looks after its other half, so that neither is evicted
+ * while the flow is in use and a lost one returns (invariant 4). 0, or why the flow is no
+ * longer good; *flow is then where to read on: not in the map, which may have lost it. */
+__inline_always int use_flow(struct __sk_buff *skb, struct packet *p, struct tl_flow **at, bool anew)
 {
+	struct tl_flow *flow = *at;
 	bool back = p->tuple.dir & 1;
-	__u32 state = flow->state | (p->rst ? TL_FLOW_RST : 0) |
-		      (back ? TL_FLOW_ANSWERED : flow->state & TL_FLOW_ANSWERED ? TL_FLOW_OPEN : 0) |
-		      (p->fin ? (back ? TL_FLOW_FIN_BACK : TL_FLOW_FIN) : 0);
+	__u32 was = anew ? flow->state & TL_FLOW_SNAT : flow->state,
+	      state = was | (p->tcp & RST ? TL_FLOW_RST : 0) |
+		      (back ? TL_FLOW_ANSWERED : was & TL_FLOW_ANSWERED ? TL_FLOW_OPEN : 0) |
+		      (p->tcp & FIN ? (back ? TL_FLOW_FIN_BACK : TL_FLOW_FIN) : 0);
 	__u64 now = bpf_jiffies64();
 	int reason;
 
+	if (state == flow->state && now - flow->seen < tl_hz && !anew) {
+		flow->packets++;
+		flow->bytes += skb->len;
+		return 0;
+	}
+	if (!anew && is_expired(flow))
+		return TL_NO_FLOW;
 	flow->packets++;
 	flow->bytes += skb->len;
-	if (state == flow->state && now - flow->seen < tl_hz)
-		return 0;
 	flow->state = state;
 	flow->seen = now;
-	reason = keep_other(&p->tuple, flow);
+	p->flow = *flow;
+	reason = keep_other(&p->tuple, &p->flow);
+	if (reason == TL_STALE_REPLY)
+		flow->seen = 0; /* asked again, it says the same */
+	if (reason == TL_STALE_REPLY || (reason == TL_FLOW_TABLE && !back))
+		return reason;
 	if (reason == TL_FLOW_HEALED)
 		count(TL_FLOW_HEALED);
-	else if (reason == TL_STALE_REPLY)
-		flow->seen = 0; /* asked again, it says the same */
-	return reason == TL_FLOW_HEALED ? 0 : reason;
+	*at = &p->flow;
+	return 0;
 }
 
 /* Writes both halves of a new flow, whose *flow is filled but for what is counted,
@@ -724,7 +659,7 @@ static __attribute__((noinline)) int begin_flow(const struct tl_tuple *t, struct
 		if (t->proto == IPPROTO_SCTP) /* its checksum we cannot mend */
 			return TL_NO_SOURCE_PORT;
 		hash = mix(hash);
-		flow->sport = bpf_htons(least + hash % (65536 - least));
+		flow->to.sport = bpf_htons(least + hash % (65536 - least));
 	}
 	if (reason == TL_STALE_REPLY)
 		return TL_NO_SOURCE_PORT;
@@ -738,13 +673,10 @@ static __attribute__((noinline)) int begin_flow(const struct tl_tuple *t, struct
  * its other half's place may be another flow's. */
 __inline_always void forget_flow(const struct tl_tuple *t, const struct tl_flow *flow)
 {
-	struct tl_tuple key = { .proto = t->proto };
-	struct tl_flow *there, other = {};
+	struct tl_tuple key = turned(&flow->to), to = turned(t);
+	struct tl_flow *there = bpf_map_lookup_elem(&ct_map, &key);
 
-	other_key(flow, t->dir, &key);
-	other_half(t, &other);
-	there = bpf_map_lookup_elem(&ct_map, &key);
-	if (there && same_meaning(there, &other))
+	if (there && same_tuple(&there->to, &to))
 		bpf_map_delete_elem(&ct_map, &key);
 	bpf_map_delete_elem(&ct_map, t);
 }
@@ -761,7 +693,7 @@ static __attribute__((noinline)) int clamp_mss(struct __sk_buff *skb, const stru
 
 	if (!door || door->mtu < 128 || bpf_skb_load_bytes(skb, p->l4 + 12, &doff, 1))
 		return 0;
-	most = door->mtu - (p->v6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr)) - sizeof(struct tcphdr);
+	most = door->mtu - ip_size(p) - sizeof(struct tcphdr);
 	at = find_option(skb, p->l4 + sizeof(struct tcphdr), p->l4 + (doff >> 4) * 4, 2);
 	if (!at || bpf_skb_load_bytes(skb, at, opt, sizeof(opt)) || opt[1] != sizeof(opt) ||
 	    (__u32)(opt[2] << 8 | opt[3]) <= most)
@@ -780,23 +712,22 @@ static __attribute__((noinline)) int clamp_mss(struct __sk_buff *skb, const stru
 	return 0;
 }
 
-/* A packet of a flow: remembered if it is the first of its fragments, then
- * rewritten. */
-static __attribute__((noinline)) int translate(struct __sk_buff *skb, struct packet *p, const struct tl_flow *flow,
+/* Makes the packet what *to says, and remembers it if it is the first of its fragments;
+ * `done` or why not. A UDP checksum of 0 means none and stays, one that becomes 0 is sent
+ * as 0xffff (RFC 768, RFC 8200 8.1). */
+static __attribute__((noinline)) int translate(struct __sk_buff *skb, struct packet *p, const struct tl_tuple *to,
 					       int done)
 {
-	struct tl_frag first = { p->tuple.sport, p->tuple.dport, bpf_jiffies64(), p->tuple.proto };
-	struct tl_tuple key;
-	int reason;
+	__u32 check = p->later ? 0 : checksum_offset(p);
+	__u64 flags = p->tuple.proto == IPPROTO_UDP ? BPF_F_MARK_MANGLED_0 : 0;
+	bool ports = !p->later && (to->sport != p->tuple.sport || to->dport != p->tuple.dport);
 
-	if (p->fragment && !p->later) {
-		fragment_key(p, &key);
-		bpf_map_update_elem(&frag_map, &key, &first, BPF_ANY);
-	}
-	reason = write_packet(skb, p, flow);
-	if (!reason && p->syn && p->tuple.dir <= TL_REPLY)
-		reason = clamp_mss(skb, p);
-	return reason ? reason : done;
+	if (p->fragment && !p->later)
+		remember_fragment(p);
+	if (write_addresses(skb, p, to, check, flags) || (ports && write_ports(skb, p, to, check, flags)) ||
+	    (p->tcp & SYN && p->tuple.dir <= TL_REPLY && clamp_mss(skb, p)))
+		return TL_WRITE;
+	return done;
 }
 
 /* An error quotes the packet it is about, whose flow goes the other way: the quote,
@@ -810,45 +741,35 @@ static __attribute__((noinline)) int icmp_error(struct __sk_buff *skb, struct pa
 {
 	__u32 which = QUOTED, check, icmp_check = p->l4 + __builtin_offsetof(struct icmp6hdr, icmp6_cksum);
 	struct packet *q = bpf_map_lookup_elem(&packet_map, &which);
-	struct tl_tuple key = { .dir = p->tuple.dir };
+	struct tl_tuple key, outer, inner;
 	struct tl_flow *flow;
-	__be16 ports[2], old, new;
-	struct tl_addr to[2];
-	__u64 sum;
+	__be16 old, new;
 
-	if (!q || parse_ip(skb, q, p->l4 + sizeof(struct icmp6hdr), 0) || q->v6 != p->v6 || q->odd || q->later ||
+	if (!q || parse_ip(skb, q, p->l4 + sizeof(struct icmp6hdr), p->tuple.dir ^ 1) || q->v6 != p->v6 || q->odd || q->later ||
 	    (q->tuple.proto != IPPROTO_TCP && q->tuple.proto != IPPROTO_UDP && q->tuple.proto != IPPROTO_SCTP) ||
-	    q->l4 + 4 > p->end || bpf_skb_load_bytes(skb, q->l4, ports, 4) || !same_addr(&q->tuple.src, &p->tuple.dst))
+	    q->l4 + 4 > p->end || bpf_skb_load_bytes(skb, q->l4, &q->tuple.sport, 4) ||
+	    !same_addr(&q->tuple.src, &p->tuple.dst))
 		return 0;
-	q->tuple.sport = ports[0];
-	q->tuple.dport = ports[1];
-	key.src = q->tuple.dst;
-	key.dst = q->tuple.src;
-	key.sport = ports[1];
-	key.dport = ports[0];
-	key.proto = q->tuple.proto;
+	key = turned(&q->tuple);
 	flow = bpf_map_lookup_elem(&ct_map, &key);
-	if (!flow || is_expired(key.proto, flow))
+	if (!flow || is_expired(flow))
 		return 0;
-	to[0] = p->tuple.dir == TL_REPLY || same_addr(&p->tuple.src, &key.src) ? flow->src : p->tuple.src;
-	to[1] = flow->dst;
-	if (write_addresses(skb, p, to, p->v6 ? icmp_check : 0, 0))
+	outer = flow->to;
+	inner = turned(&outer);
+	if (p->tuple.dir != TL_REPLY && !same_addr(&p->tuple.src, &key.src))
+		outer.src = p->tuple.src;
+	if (write_addresses(skb, p, &outer, p->v6 ? icmp_check : 0, 0))
 		return TL_WRITE;
-	to[0] = flow->dst;
-	to[1] = flow->src;
-	ports[0] = flow->dport;
-	ports[1] = flow->sport;
 	check = checksum_offset(q);
 	if (check && check + 2 <= p->end && !bpf_skb_load_bytes(skb, check, &old, 2) &&
 	    (old || key.proto != IPPROTO_UDP)) {
-		sum = (__u32)bpf_csum_diff((void *)&q->tuple.src, 32, (void *)to, 32, (__u16)~old);
-		new = ~fold((__u32)bpf_csum_diff((void *)&q->tuple.sport, 4, (void *)ports, 4, sum));
+		new = ~fold((__u32)bpf_csum_diff((void *)&q->tuple, 36, (void *)&inner, 36, (__u16)~old));
 		if (!new && key.proto == IPPROTO_UDP)
 			new = 0xffff;
 		if (bpf_skb_store_bytes(skb, check, &new, 2, 0) || bpf_l4_csum_replace(skb, icmp_check, old, new, 2))
 			return TL_WRITE;
 	}
-	if (write_addresses(skb, q, to, p->v6 ? icmp_check : 0, 0) || write_ports(skb, q, ports, icmp_check, 0))
+	if (write_addresses(skb, q, &inner, p->v6 ? icmp_check : 0, 0) || write_ports(skb, q, &inner, icmp_check, 0))
 		return TL_WRITE;
 	return TL_ICMP_ERROR;
 }
@@ -866,7 +787,7 @@ __inline_always int without_ports(struct __sk_buff *skb, struct packet *p, int o
  * pod's answers are that one's no longer. */
 __inline_always void forget_reply(const struct packet *p)
 {
-	struct tl_tuple key = { p->tuple.dst, p->tuple.src, p->tuple.dport, p->tuple.sport, p->tuple.proto, TL_REPLY, 0 };
+	struct tl_tuple key = turned(&p->tuple);
 	struct tl_flow *flow = bpf_map_lookup_elem(&ct_map, &key);
 
 	if (flow && flow->state & TL_FLOW_CLOSED)
@@ -878,17 +799,14 @@ __inline_always void forget_reply(const struct packet *p)
  * twice), any other is replaced. */
 __inline_always int new_request(struct __sk_buff *skb, struct packet *p, struct tl_flow *old)
 {
-	__u64 prefer = old && !(old->state & TL_FLOW_CLOSED) ? old->seed : 0;
-	struct tl_flow *flow = &p->flow;
+	__u64 prefer = old && !(old->state & TL_FLOW_CLOSED) ? old->seed : 0, seed = 0;
+	struct tl_svc *svc = service_of(p);
 	struct tl_backend *backend;
-	struct tl_svc *svc;
-	__u64 seed = 0;
 	int reason = 0;
 
-	svc = service_of(p);
 	if (!svc) {
 		reason = reason_without_service(p);
-		if (reason == TL_NOT_SERVED && p->syn && !p->ack)
+		if (reason == TL_NOT_SERVED && is_syn(p))
 			forget_reply(p);
 		return reason;
 	}
@@ -897,39 +815,27 @@ __inline_always int new_request(struct __sk_buff *skb, struct packet *p, struct 
 	backend = backend_for(p, svc, prefer, &seed, &reason);
 	if (!backend)
 		return reason;
-	if (old && old->seed == seed) {
-		old->state &= TL_FLOW_SNAT; /* it begins anew */
-		old->seen = 0;
-		if (!use_flow(skb, p, old))
-			return translate(skb, p, old, TL_REQUEST_SENT);
-	}
+	if (old && old->seed == seed && !use_flow(skb, p, &old, true))
+		return translate(skb, p, &old->to, TL_REQUEST_SENT);
 	if (old)
 		forget_flow(&p->tuple, old);
-	flow->src = p->tuple.src;
-	flow->dst = backend->addr;
-	flow->sport = p->tuple.sport;
-	flow->dport = backend->port;
-	flow->state = backend->flags & TL_BACKEND_SNAT ? TL_FLOW_SNAT : 0;
-	flow->name = svc->name;
-	flow->seed = seed;
-	reason = begin_flow(&p->tuple, flow, skb->len, 1024);
+	p->flow = (struct tl_flow){ .to = { p->tuple.src, backend->addr, p->tuple.sport, backend->port, p->tuple.proto, 0, 0 },
+				    .state = backend->flags & TL_BACKEND_SNAT ? TL_FLOW_SNAT : 0,
+				    .name = svc->name, .seed = seed };
+	reason = begin_flow(&p->tuple, &p->flow, skb->len, 1024);
 	if (reason)
 		return reason;
 	count(TL_FLOW_NEW);
-	if (flow->sport != p->tuple.sport)
+	if (p->flow.to.sport != p->tuple.sport)
 		count(TL_PORT_CHANGED);
-	return translate(skb, p, flow, TL_REQUEST_SENT);
+	return translate(skb, p, &p->flow.to, TL_REQUEST_SENT);
 }
 
-static __attribute__((noinline)) int request(struct __sk_buff *skb, struct packet *p, __u32 l3, __u8 dir)
+static __attribute__((noinline)) int request(struct __sk_buff *skb, struct packet *p)
 {
+	int reason = parse_ports(skb, p), served, type;
 	struct tl_flow *flow;
-	int reason, served, type;
 
-	reason = is_foreign(skb, l3) ? TL_NOT_IP : parse_ip(skb, p, l3, dir);
-	if (reason)
-		return reason;
-	reason = parse_ports(skb, p);
 	if (reason) { /* matters only if it is for one of our addresses */
 		served = without_ports(skb, p, reason_without_service(p));
 		if (served != TL_NO_PORT || reason != TL_PROTOCOL)
@@ -940,85 +846,66 @@ static __attribute__((noinline)) int request(struct __sk_buff *skb, struct packe
 		return is_error(p, type) ? TL_ICMP_STRAY : TL_PROTOCOL;
 	}
 	flow = bpf_map_lookup_elem(&ct_map, &p->tuple);
-	if (flow && !(p->syn && !p->ack) && !is_expired(p->tuple.proto, flow) && !use_flow(skb, p, flow))
-		return translate(skb, p, flow, TL_REQUEST_SENT);
+	if (flow && !is_syn(p) && !use_flow(skb, p, &flow, false))
+		return translate(skb, p, &flow->to, TL_REQUEST_SENT);
 	return new_request(skb, p, flow);
 }
 
 /* What a backend sends, back by the road of its requests. */
-static __attribute__((noinline)) int from_backend(struct __sk_buff *skb, struct packet *p, __u32 l3, __u8 dir)
+static __attribute__((noinline)) int from_backend(struct __sk_buff *skb, struct packet *p)
 {
 	struct tl_flow *flow;
 	int reason;
 
-	reason = is_foreign(skb, l3) ? TL_NOT_IP : parse_ip(skb, p, l3, dir);
-	if (reason)
-		return reason;
 	if (parse_ports(skb, p))
 		return without_ports(skb, p, TL_NO_FLOW);
 	flow = bpf_map_lookup_elem(&ct_map, &p->tuple);
 	if (!flow)
 		return TL_NO_FLOW;
-	reason = is_expired(p->tuple.proto, flow) ? TL_NO_FLOW : use_flow(skb, p, flow);
-	if (reason == TL_NO_FLOW || reason == TL_STALE_REPLY) {
-		bpf_map_delete_elem(&ct_map, &p->tuple);
-		return reason;
-	}
-	return translate(skb, p, flow, dir == TL_REPLY ? TL_REPLY_SENT : TL_SNAT_BACK);
+	reason = use_flow(skb, p, &flow, false);
+	if (!reason)
+		return translate(skb, p, &flow->to, p->tuple.dir == TL_REPLY ? TL_REPLY_SENT : TL_SNAT_BACK);
+	bpf_map_delete_elem(&ct_map, &p->tuple);
+	return reason;
 }
 
 /* Source NAT (--snat), where the packet leaves towards a pod, behind all that the
  * stack does, so that conntrack sees client <-> pod whatever we write. A packet
  * whose source another masquerade has changed is no longer of a flow we know. */
-static __attribute__((noinline)) int to_backend(struct __sk_buff *skb, struct packet *p, __u32 l3, __u8 dir)
+static __attribute__((noinline)) int to_backend(struct __sk_buff *skb, struct packet *p)
 {
-	struct tl_tuple key = {};
+	__u32 ifindex = skb->ifindex;
 	struct tl_flow *flow, *of;
 	struct tl_door *door;
-	__u32 ifindex = skb->ifindex;
+	struct tl_tuple key;
 	int reason;
 
-	reason = is_foreign(skb, l3) ? TL_NOT_IP : parse_ip(skb, p, l3, dir);
-	if (reason)
-		return reason;
 	if (parse_ports(skb, p))
 		return without_ports(skb, p, TL_NO_FLOW);
 	flow = bpf_map_lookup_elem(&ct_map, &p->tuple);
-	if (flow && p->syn && !p->ack) /* it begins anew */
-		flow->state = flow->seen = 0;
-	else if (flow && is_expired(p->tuple.proto, flow))
-		flow = NULL;
-	if (flow && !use_flow(skb, p, flow))
-		return translate(skb, p, flow, TL_SNAT_OUT);
-	key.src = p->tuple.dst;
-	key.dst = p->tuple.src;
-	key.sport = p->tuple.dport;
-	key.dport = p->tuple.sport;
-	key.proto = p->tuple.proto;
+	if (flow && !use_flow(skb, p, &flow, is_syn(p)))
+		return translate(skb, p, &flow->to, TL_SNAT_OUT);
+	key = turned(&p->tuple);
 	key.dir = TL_REPLY;
 	of = bpf_map_lookup_elem(&ct_map, &key);
 	door = bpf_map_lookup_elem(&door_map, &ifindex);
 	if (!of || !(of->state & TL_FLOW_SNAT) || !door)
 		return TL_NO_FLOW;
+	p->flow = (struct tl_flow){ .to = p->tuple, .name = of->name, .seed = of->seed };
 	if (p->v6) {
-		p->flow.src = door->snat[1];
+		p->flow.to.src = door->snat[1];
 		asm volatile("" ::: "memory"); /* or clang makes a pointer of both, which takes CAP_PERFMON */
 	} else {
-		p->flow.src = door->snat[0];
+		p->flow.to.src = door->snat[0];
 	}
-	if (!p->flow.src.w[3] && !p->flow.src.w[0])
+	if (!p->flow.to.src.w[3] && !p->flow.to.src.w[0])
 		return TL_NO_FLOW;
-	p->flow.dst = p->tuple.dst;
-	p->flow.sport = p->tuple.proto == IPPROTO_SCTP ? p->tuple.sport :
-			bpf_htons(TL_SNAT_LEAST + hash_tuple(&p->tuple) % (65536 - TL_SNAT_LEAST));
-	p->flow.dport = p->tuple.dport;
-	p->flow.state = 0;
-	p->flow.name = of->name;
-	p->flow.seed = of->seed;
+	if (p->tuple.proto != IPPROTO_SCTP)
+		p->flow.to.sport = bpf_htons(TL_SNAT_LEAST + hash_tuple(&p->tuple) % (65536 - TL_SNAT_LEAST));
 	reason = begin_flow(&p->tuple, &p->flow, skb->len, TL_SNAT_LEAST);
 	if (reason)
 		return reason == TL_NO_SOURCE_PORT ? TL_SNAT_PORTS : reason;
-	return translate(skb, p, &p->flow, TL_SNAT_OUT);
+	return translate(skb, p, &p->flow.to, TL_SNAT_OUT);
 }
 
 /* === answers ==============================================================
@@ -1037,16 +924,11 @@ __inline_always bool may_answer(struct packet *p)
 
 __inline_always int send_back(struct __sk_buff *skb, const struct packet *p)
 {
-	__u8 macs[12], swapped[12];
+	__u8 macs[12];
 
-	if (p->l3) {
-		if (bpf_skb_load_bytes(skb, 0, macs, 12))
-			return -1;
-		__builtin_memcpy(swapped, macs + 6, 6);
-		__builtin_memcpy(swapped + 6, macs, 6);
-		if (bpf_skb_store_bytes(skb, 0, swapped, 12, 0))
-			return -1;
-	}
+	if (p->l3 && (bpf_skb_load_bytes(skb, 0, macs, 12) || bpf_skb_store_bytes(skb, 0, macs + 6, 6, 0) ||
+		      bpf_skb_store_bytes(skb, 6, macs, 6, 0)))
+		return -1;
 	return bpf_redirect(skb->ifindex, 0);
 }
 
@@ -1057,21 +939,24 @@ __inline_always __u64 pseudo_sum(const struct packet *p, __u8 proto, __u32 len)
 	return (__u64)bpf_csum_diff(NULL, 0, (void *)&p->tuple.src, 32, 0) + bpf_htonl(len) + bpf_htonl(proto);
 }
 
-/* The header of an answer: from the service to the client, `len` bytes behind it. */
-__inline_always int store_ip(struct __sk_buff *skb, const struct packet *p, __u8 proto, __u32 len)
+/* Sends an answer from the service to the client: an IP header, `head`, and what is behind
+ * that already; `len` bytes in all behind the IP header. */
+__inline_always int send_answer(struct __sk_buff *skb, const struct packet *p, __u8 proto, const void *head, __u32 size,
+				__u32 len)
 {
 	struct ipv6hdr v6 = { .version = 6, .payload_len = bpf_htons(len), .nexthdr = proto, .hop_limit = 64 };
 	struct iphdr v4 = { .version = 4, .ihl = 5, .tot_len = bpf_htons(sizeof(v4) + len), .ttl = 64,
 			    .frag_off = bpf_htons(0x4000), /* an id of 0 wants "don't fragment", RFC 6864 */
 			    .protocol = proto, .saddr = p->tuple.dst.w[3], .daddr = p->tuple.src.w[3] };
 
-	if (!p->v6) {
-		v4.check = ~fold(bpf_csum_diff(NULL, 0, (void *)&v4, sizeof(v4), 0));
-		return bpf_skb_store_bytes(skb, p->l3, &v4, sizeof(v4), 0);
-	}
+	v4.check = ~fold(bpf_csum_diff(NULL, 0, (void *)&v4, sizeof(v4), 0));
 	__builtin_memcpy(&v6.saddr, &p->tuple.dst, 16);
 	__builtin_memcpy(&v6.daddr, &p->tuple.src, 16);
-	return bpf_skb_store_bytes(skb, p->l3, &v6, sizeof(v6), 0);
+	if (p->v6 ? bpf_skb_store_bytes(skb, p->l3, &v6, sizeof(v6), 0) : bpf_skb_store_bytes(skb, p->l3, &v4, sizeof(v4), 0))
+		return -1;
+	if (bpf_skb_store_bytes(skb, p->l3 + ip_size(p), head, size, 0))
+		return -1;
+	return send_back(skb, p);
 }
 
 /* Is the transport's checksum left to the device (CHECKSUM_PARTIAL)? Then a port
@@ -1111,10 +996,9 @@ __inline_always int refuse_tcp(struct __sk_buff *skb, struct packet *p)
 	rst.check = fold(pseudo_sum(p, IPPROTO_TCP, sizeof(rst)));
 	if (!left)
 		rst.check = ~fold((__u64)bpf_csum_diff(NULL, 0, (void *)&rst, sizeof(rst), 0));
-	if (bpf_skb_change_tail(skb, p->l4 + sizeof(rst), 0) || store_ip(skb, p, IPPROTO_TCP, sizeof(rst)) ||
-	    bpf_skb_store_bytes(skb, p->l4, &rst, sizeof(rst), 0))
+	if (bpf_skb_change_tail(skb, p->l4 + sizeof(rst), 0))
 		return -1;
-	return send_back(skb, p);
+	return send_answer(skb, p, IPPROTO_TCP, &rst, sizeof(rst), sizeof(rst));
 }
 
 /* Port unreachable (RFC 792, RFC 4443), quoting what came. If the device is to
@@ -1124,7 +1008,7 @@ __inline_always int refuse_icmp(struct __sk_buff *skb, struct packet *p)
 {
 	struct icmp6hdr icmp = { .icmp6_type = p->v6 ? ICMPV6_DEST_UNREACH : ICMP_DEST_UNREACH,
 				 .icmp6_code = p->v6 ? ICMPV6_PORT_UNREACH : ICMP_PORT_UNREACH };
-	__u32 ip = p->v6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr), check = checksum_offset(p);
+	__u32 check = checksum_offset(p);
 	__u64 n = (__u64)p->end - p->l3; /* 64 bits: the verifier sees the bounds */
 	__u16 partial;
 	__u64 sum;
@@ -1145,11 +1029,9 @@ __inline_always int refuse_icmp(struct __sk_buff *skb, struct packet *p)
 		sum += pseudo_sum(p, IPPROTO_ICMPV6, sizeof(icmp) + n);
 	icmp.icmp6_cksum = ~fold(sum);
 	if (bpf_skb_change_tail(skb, p->l3 + n, 0) ||
-	    bpf_skb_adjust_room(skb, ip + sizeof(icmp), BPF_ADJ_ROOM_MAC, 0) ||
-	    store_ip(skb, p, p->v6 ? IPPROTO_ICMPV6 : IPPROTO_ICMP, sizeof(icmp) + n) ||
-	    bpf_skb_store_bytes(skb, p->l3 + ip, &icmp, sizeof(icmp), 0))
+	    bpf_skb_adjust_room(skb, ip_size(p) + sizeof(icmp), BPF_ADJ_ROOM_MAC, 0))
 		return -1;
-	return send_back(skb, p);
+	return send_answer(skb, p, p->v6 ? IPPROTO_ICMPV6 : IPPROTO_ICMP, &icmp, sizeof(icmp), sizeof(icmp) + n);
 }
 
 /* Addresses change places and the type changes; no other checksum does. */
@@ -1157,9 +1039,9 @@ __inline_always int echo(struct __sk_buff *skb, struct packet *p)
 {
 	__u8 type = p->v6 ? ICMPV6_ECHO_REPLY : ICMP_ECHOREPLY;
 	__be16 old = bpf_htons(p->v6 ? ICMPV6_ECHO_REQUEST << 8 : ICMP_ECHO << 8), new = bpf_htons(type << 8);
-	struct tl_addr addrs[2] = { p->tuple.dst, p->tuple.src };
+	struct tl_tuple to = turned(&p->tuple);
 
-	if (write_addresses(skb, p, addrs, 0, 0) || bpf_l4_csum_replace(skb, p->l4 + 2, old, new, 2) ||
+	if (write_addresses(skb, p, &to, 0, 0) || bpf_l4_csum_replace(skb, p->l4 + 2, old, new, 2) ||
 	    bpf_skb_store_bytes(skb, p->l4, &type, 1, 0))
 		return -1;
 	return send_back(skb, p);
@@ -1178,7 +1060,7 @@ __inline_always bool is_host(const struct packet *p)
 /* Answers a packet; it is dropped if that is not possible, or was too often. */
 static __attribute__((noinline)) int answer(struct __sk_buff *skb, struct packet *p, bool ping)
 {
-	bool plain = p->l4 - p->l3 == (p->v6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr)) && !p->fragment;
+	bool plain = p->l4 - p->l3 == ip_size(p) && !p->fragment;
 	int action = -1;
 
 	if (!is_host(p) || !may_answer(p))
@@ -1197,8 +1079,8 @@ static __attribute__((noinline)) int answer(struct __sk_buff *skb, struct packet
  * The section name serves both: on kernels without tcx the agent attaches the
  * same program by cls_bpf. */
 /* The only entry and the only exit. */
-__inline_always int open_door(struct __sk_buff *skb, int (*direction)(struct __sk_buff *, struct packet *, __u32, __u8),
-			      __u32 l3, __u8 dir)
+__inline_always int open_door(struct __sk_buff *skb, int (*direction)(struct __sk_buff *, struct packet *), __u32 l3,
+			      __u8 dir)
 {
 	__u32 key = PACKET;
 	struct packet *p = bpf_map_lookup_elem(&packet_map, &key);
@@ -1207,7 +1089,9 @@ __inline_always int open_door(struct __sk_buff *skb, int (*direction)(struct __s
 
 	if (!p)
 		return TC_ACT_UNSPEC;
-	reason = direction(skb, p, l3, dir);
+	reason = is_foreign(skb, l3) ? TL_NOT_IP : parse_ip(skb, p, l3, dir);
+	if (!reason)
+		reason = direction(skb, p);
 	count(reason);
 	fate = fate_of(reason);
 	/* On a bridge conntrack has seen the packet already (bridge-nf-call-iptables, which

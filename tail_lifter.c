@@ -3991,13 +3991,13 @@ static void flow_flush(void *arg, int fd, const void *key, const void *value)
 	struct maps *m = arg;
 	bool request = t->dir == TL_REQUEST;
 	struct in6_addr front, back;
-	uint16_t front_port = ntohs(request ? t->dport : f->sport);
-	uint16_t back_port = ntohs(request ? f->dport : t->sport);
+	uint16_t front_port = ntohs(request ? t->dport : f->to.sport);
+	uint16_t back_port = ntohs(request ? f->to.dport : t->sport);
 
 	if (t->proto != IPPROTO_UDP || t->dir > TL_REPLY || (m->adopted && !number_in(&m->udp, f->name)))
 		return;
-	memcpy(&front, request ? &t->dst : &f->src, sizeof(front));
-	memcpy(&back, request ? &f->dst : &t->src, sizeof(back));
+	memcpy(&front, request ? &t->dst : &f->to.src, sizeof(front));
+	memcpy(&back, request ? &f->to.dst : &t->src, sizeof(back));
 	if (!number_in(&m->udp, udp_mark(f->name, 'F', &front, front_port)) ||
 	    !number_in(&m->udp, udp_mark(f->name, 'B', &back, back_port)))
 		bpf_map_delete_elem(fd, t);
@@ -7606,8 +7606,8 @@ static void flow_add(void *overview, int fd, const void *key, const void *value)
 	const struct tl_flow *f = value;
 	struct overview *o = overview;
 	bool back = t->dir == TL_REPLY;
-	const struct tl_addr *addr = back ? &f->src : &t->dst;
-	uint16_t port = ntohs(back ? f->sport : t->dport);
+	const struct tl_addr *addr = back ? &f->to.src : &t->dst;
+	uint16_t port = ntohs(back ? f->to.sport : t->dport);
 	struct front *front = NULL;
 
 	(void)fd;

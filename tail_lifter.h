@@ -128,7 +128,7 @@ struct tl_tuple {
 	__u8 proto;
 	__u8 dir; /* enum tl_dir */
 	__u16 zero;
-};
+} __attribute__((aligned(8))); /* is copied by fewer instructions */
 
 /* frag_map: the ports of a datagram whose first fragment came by. The key is a tuple
  * with the datagram's id instead of ports; IPv6: and protocol 0. */
@@ -162,10 +162,11 @@ static inline __u32 tl_flow_idle(__u8 proto, __u32 state)
 	return state & TL_FLOW_OPEN ? 86400 : 120;
 }
 
+/* Flows outlive versions: it grows at its end only, and keys never change size. */
 struct tl_flow {
-	struct tl_addr src, dst; /* the packet becomes this */
-	__be16 sport, dport;
-	__u32 state; /* enum tl_flow_state */
+	struct tl_tuple to; /* the packet becomes this */
+	__u32 state;	    /* enum tl_flow_state */
+	__u32 zero;
 	__u64 seen;  /* jiffies of the last look at the pair, at most a second old while in use */
 	__u64 name;  /* tl_svc.name */
 	__u64 seed;  /* tl_chunk.seed */
