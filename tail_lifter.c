@@ -3507,7 +3507,8 @@ static const char *const map_names[N_MAPS] = { "text_map", "net_map",  "set_map"
 #define SET_GRACE   1000  /* ms; the datapath holds on to a set for microseconds */
 #define SWEEP_LEAST 60000 /* ms from one sweep of ct_map to the next */
 #define SWEEP_GRACE 5	  /* seconds that a flow may be over before it is deleted */
-#define WRITE_AGAIN 30000 /* ms until what a map did not take is tried again */
+#define WRITE_AGAIN 30000 /* ms until what a map did not take is tried again, */
+#define WRITE_SOON  1000  /* and for the first time */
 
 struct element {
 	uint8_t map, zero[3];
@@ -3617,12 +3618,13 @@ struct writing {
 	bool failed; /* nothing more is written: it could point at what is not there */
 };
 
-/* Writes an element, unless it is there already and can only say the same. */
+/* Writes an element, unless it is there already and can only say the same. Before all was
+ * written once, what could not be may be there from an earlier run: it shall not be swept. */
 static void write_element(struct writing *w, const struct element *e, const void *value,
 			  bool constant)
 {
 	struct maps *m = w->maps;
-	bool there = constant && w->old && element_in(e, w->old->at, w->old->n);
+	bool there = constant && w->old && !w->old->failed && element_in(e, w->old->at, w->old->n);
 	struct dying *d = (struct dying *)m->dying.at;
 
 	for (size_t i = 0; e->map == SET_MAP && i < m->dying.len / sizeof(*d); i++)
@@ -3636,7 +3638,7 @@ static void write_element(struct writing *w, const struct element *e, const void
 			     w->entry->ns, w->entry->name, map_names[e->map],
 			     errno == E2BIG || errno == ENOSPC ? "it is full" : strerror(errno));
 	}
-	if (there || !w->failed)
+	if (there || !w->failed || !m->adopted)
 		buf_add(&w->elements, e, sizeof(*e));
 }
 
@@ -3858,7 +3860,7 @@ static void maps_put(struct maps *m, void **memory, const struct entry *entries,
 	for (int i = 0; i < n; i++)
 		write_entry(&w, &entries[i], &header);
 	if (w.failed)
-		m->again_at = now_ms() + WRITE_AGAIN;
+		m->again_at = now_ms() + (m->adopted ? WRITE_AGAIN : WRITE_SOON);
 	if (w.failed && old)
 		buf_add(&w.elements, old->at, old->n * sizeof(*old->at));
 	header.failed = w.failed;
@@ -4566,9 +4568,11 @@ static int door_keep(const char *word, int ifindex, bool in)
 	if (!kept)
 		old = pinned(word, ifindex);
 	snprintf(path, sizeof(path), "%s", pin_path(word, ifindex));
-	if (old >= 0 && !is_tcx_link(old, &info))
+	if (old < 0)
+		return errno == ENOENT ? 0 : fail("%s: %s", path, strerror(errno));
+	if (!is_tcx_link(old, &info))
 		r = door_attach_tc(old, also, ifindex, in);
-	else if (old >= 0 && !kept && rename(path, pin_path(also, ifindex)))
+	else if (!kept && rename(path, pin_path(also, ifindex)))
 		r = fail("cannot rename %s: %s", path, strerror(errno));
 	close(old);
 	return r;
@@ -4703,6 +4707,22 @@ static bool map_is_pinned(const struct bpf_map *map)
 	return !bpf_map__is_internal(map) && strcmp(bpf_map__name(map), "packet_map");
 }
 
+/* A map of an earlier run: a descriptor, -ENOENT if there is none, or -1 with why. */
+static int map_find(const char *word, struct bpf_map_info *info)
+{
+	uint32_t len = sizeof(*info);
+	int fd = pinned(word, 0);
+
+	*info = (struct bpf_map_info){ 0 };
+	if (fd < 0 && errno == ENOENT)
+		return -ENOENT;
+	if (fd >= 0 && !bpf_map_get_info_by_fd(fd, info, &len))
+		return fd;
+	fail("cannot adopt %s: %s", word, strerror(errno));
+	close(fd);
+	return -1;
+}
+
 /* Do the maps of an earlier run that say what is served fit, or are there none? They belong
  * together: services whose backends were left behind in another map would drop all. */
 static bool services_fit(void)
@@ -4710,11 +4730,10 @@ static bool services_fit(void)
 	bool fit = true;
 
 	for (int i = 0; i < CT_MAP; i++) {
-		int fd = pinned(map_names[i], 0);
-		struct bpf_map_info info = { 0 };
-		uint32_t len = sizeof(info);
+		struct bpf_map_info info;
+		int fd = map_find(map_names[i], &info);
 
-		if (fd >= 0 && !bpf_map_get_info_by_fd(fd, &info, &len))
+		if (fd >= 0)
 			fit &= map_fits(&info, bpf_object__find_map_by_name(bpf->obj, map_names[i]));
 		close(fd);
 	}
@@ -4738,21 +4757,23 @@ static int maps_reuse(struct maps *m)
 
 	m->services_late = !services_fit();
 	bpf_object__for_each_map (map, bpf->obj) {
-		bool flows = map == bpf->maps.ct_map, reused = !map_is_pinned(map);
+		bool flows = map == bpf->maps.ct_map, reused = false;
 		bool late = m->services_late && is_of_services(map);
 
-		for (int new = 0; new <= flows; new++) { /* and what a change of hands left */
-			int fd = pinned(new ? "new_ct_map" : bpf_map__name(map), 0);
-			struct bpf_map_info info = { 0 };
-			uint32_t len = sizeof(info);
-			bool known = fd >= 0 && !bpf_map_get_info_by_fd(fd, &info, &len);
+		for (int new = !map_is_pinned(map); new <= flows; new++) { /* and what a change of hands left */
+			struct bpf_map_info info;
+			int fd = map_find(new ? "new_ct_map" : bpf_map__name(map), &info);
 
-			if (known && !reused && !late && map_fits(&info, map)) {
+			if (fd == -ENOENT)
+				continue;
+			if (fd < 0)
+				return -1;
+			if (!reused && !late && map_fits(&info, map)) {
 				if (bpf_map__reuse_fd(map, fd))
 					return fail("cannot adopt %s: %s", bpf_map__name(map),
 						    strerror(errno));
 				reused = true;
-			} else if (known && flows && info.key_size == sizeof(struct tl_tuple)) {
+			} else if (flows && info.key_size == sizeof(struct tl_tuple)) {
 				m->old_flows[m->n_old++] = fd;
 				continue;
 			}
@@ -7093,6 +7114,8 @@ static void sync_now(struct agent *a)
 		tailscaled_want(&a->tailscaled, model_ranges_of(&a->model, true),
 				!a->api.watch[SERVICE_CIDRS].failures);
 	a->look |= first;
+	if (first && maps.services_late && maps.again_at != INT64_MAX)
+		return; /* till then the old programs have what these maps lack */
 	doors_begin(a);
 }
 
@@ -7370,7 +7393,7 @@ static int agent_run(struct agent *a, bool once)
 
 	if (agent_open(a, once))
 		return rmdir(opt.pin_dir), -1; /* only if there is nothing in it */
-	for (sync_now(a); !a->stop && !a->refused && !a->api.failed && !(once && maps.adopted && !maps.dying.len);
+	for (sync_now(a); !a->stop && !a->refused && !a->api.failed && !(once && maps.adopted && a->attach && !maps.dying.len);
 	     sync_now(a))
 		loop_round(a);
 	if (a->api.failed)

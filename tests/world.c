@@ -266,14 +266,17 @@ static int echo(char **arg)
 /* A client's socket: one of the lasting flows, or a visitor, who sends one message, each
  * time from a new port. */
 #define N_LASTING  16	/* of each protocol */
+#define MOST_OUT   16	/* messages of a flow under way: a busy machine shall not overflow a queue */
+#define LOST_AFTER 1000 /* ms without a word: what is out will not come back */
 #define N_VISITORS 1024 /* at a time, of each protocol */
-#define TICK	   2	/* ms: a message of each lasting flow; two visitors every fifth time */
+#define TICK	   1	/* ms: a message of each fourth lasting flow; two visitors every tenth time */
 
 static struct talk {
 	int fd; /* 0: none */
 	bool tcp, visitor;
 	int end;		  /* errno that ended it */
-	uint64_t sent, back;	  /* messages; TCP: bytes that came back */
+	uint64_t sent, back, lost; /* messages */
+	int64_t heard;		  /* when the last came back, or none was out */
 	uint64_t due;		  /* TCP: the number that comes next */
 	uint8_t part[8], n_part;  /* of it */
 } lasting[2 * N_LASTING], visitors[2 * N_VISITORS];
@@ -319,9 +322,25 @@ static void talk_begin(struct talk *t, int epoll_fd, bool tcp, bool visitor, con
 		t->end = errno;
 }
 
-static void talk_send(struct talk *t)
+static int64_t now_ms(void)
 {
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return t.tv_sec * 1000ll + t.tv_nsec / 1000000;
+}
+
+static void talk_send(struct talk *t, int64_t now)
+{
+	uint64_t out = t->sent - t->back;
+
 	if (!t->fd || t->end)
+		return;
+	if (!out)
+		t->heard = now;
+	if (!t->tcp && now > t->heard + LOST_AFTER)
+		t->lost = out;
+	if (out > t->lost && out - t->lost >= MOST_OUT)
 		return;
 	if (send(t->fd, &t->sent, sizeof(t->sent), MSG_NOSIGNAL) == sizeof(t->sent))
 		t->sent++;
@@ -329,11 +348,12 @@ static void talk_send(struct talk *t)
 		t->end = errno; /* UDP that cannot be sent has not been */
 }
 
-static void talk_hear(struct talk *t)
+static void talk_hear(struct talk *t, int64_t now)
 {
 	uint8_t room[4096];
 	ssize_t n;
 
+	t->heard = now;
 	while (t->fd && !t->end && (n = read(t->fd, room, t->tcp ? sizeof(room) : 8)) != -1) {
 		if (!n && t->tcp)
 			t->end = ECONNRESET;
@@ -359,25 +379,18 @@ static bool talk_waits(const struct talk *t)
 	return t->fd && !t->end && t->back < t->sent;
 }
 
-static int64_t now_ms(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return t.tv_sec * 1000ll + t.tv_nsec / 1000000;
-}
-
 static void load_hear(int epoll_fd, int timeout)
 {
 	struct epoll_event e[64];
 	int n = epoll_wait(epoll_fd, e, 64, timeout);
+	int64_t now = now_ms();
 
 	for (int i = 0; i < n; i++) {
 		struct talk *t = e[i].data.ptr;
 
 		if (t->visitor && t->tcp && !t->sent)
-			talk_send(t);
-		talk_hear(t);
+			talk_send(t, now);
+		talk_hear(t, now);
 		if (t->fd && t->visitor && !talk_waits(t) && (t->sent || t->end))
 			talk_end(t);
 		else if (t->fd && t->end)
@@ -397,7 +410,7 @@ static void load_visit(int epoll_fd, unsigned number, const char *to, int port)
 			talk_end(t);
 		talk_begin(t, epoll_fd, tcp, true, to, port);
 		if (!tcp)
-			talk_send(t);
+			talk_send(t, now_ms());
 		e.events = EPOLLIN | (tcp ? EPOLLOUT | EPOLLET : 0);
 		e.data.ptr = t;
 		epoll_ctl(epoll_fd, EPOLL_CTL_MOD, t->fd, &e);
@@ -421,9 +434,10 @@ static int load(int n, char **arg)
 	next = now_ms();
 	for (unsigned tick = 0; !term; tick++, next += TICK) {
 		for (int i = 0; i < 2 * N_LASTING; i++)
-			talk_send(&lasting[i]);
-		if (tick % 5 == 0)
-			load_visit(epoll_fd, tick / 5, arg[2 + tick / 5 % (n - 2)], port);
+			if (i / 8 == (int)tick % 4)
+				talk_send(&lasting[i], next);
+		if (tick % 10 == 0)
+			load_visit(epoll_fd, tick / 10, arg[2 + tick / 10 % (n - 2)], port);
 		do
 			load_hear(epoll_fd, next + TICK > now_ms() ? next + TICK - now_ms() : 0);
 		while (now_ms() < next + TICK);
