@@ -649,8 +649,9 @@ layer_api() {
 }
 layer_packet() { /usr/bin/python3 tests/packet/run; }
 layer_netns() {
-	promtool && test_program world tests/world.c &&
-		LIFTER=$PWD/tail_lifter WORLD=$BUILT PROMTOOL=$PROMTOOL tests/netns
+	local world
+	promtool && test_program world tests/world.c && world=$BUILT && test_program wire tests/router/wire.c &&
+		LIFTER=$PWD/tail_lifter WORLD=$world WIRE=$BUILT PROMTOOL=$PROMTOOL tests/netns
 }
 layer_router() {
 	local world wire neighbour=$PWD/build/test/neighbour.bpf.o
@@ -665,11 +666,11 @@ layer_router() {
 layer_life() {
 	test_program world tests/world.c && LIFTER=$PWD/tail_lifter WORLD=$BUILT tests/life
 }
-layer_real() { tests/real/run; }
+layer_real() { test_program wire tests/router/wire.c && WIRE=$BUILT tests/real/run; }
 layer_kernels() { tests/kernels/run; }
 
 # Runs a layer, shows what it says but for its last line, and adds that up. Where nothing
-# failed only lines that begin with `kernel` or `router` are for everybody.
+# failed only lines that begin with `kernel`, `router` or `wire` are for everybody.
 layer() {
 	local log=build/test/$1.log last start=$SECONDS
 	step test "$1"
@@ -682,7 +683,7 @@ layer() {
 		return
 	}
 	PASSED=$((PASSED + BASH_REMATCH[1])) FAILED=$((FAILED + BASH_REMATCH[2]))
-	if [ "${BASH_REMATCH[2]}" = 0 ] && [ -z "${V:-}" ]; then sed -n '/^\(kernel\|router\) /p' "$log"; else sed '$d' "$log"; fi
+	if [ "${BASH_REMATCH[2]}" = 0 ] && [ -z "${V:-}" ]; then sed -n '/^\(kernel\|router\|wire\) /p' "$log"; else sed '$d' "$log"; fi
 	step "" "$last, $((SECONDS - start)) s"
 }
 

@@ -4,7 +4,7 @@
  *
  *   wire check NETNS[,FROM...]...   looks at every packet on every interface of these
  *                                   namespaces, both ways, and computes its lengths and
- *                                   checksums anew: IPv4 header, TCP, UDP, ICMP, ICMPv6, what
+ *                                   checksums anew: IPv4 header, TCP, UDP, SCTP, ICMP, ICMPv6, what
  *                                   ICMP errors quote, fragments when they are whole. Says
  *                                   what is wrong; at SIGTERM a line that counts. FROM is the
  *                                   beginning of an address ("10.42.", "fd42:"): what comes in
@@ -50,7 +50,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { TCP = 6, UDP = 17, ICMP = 1, ICMP6 = 58 };
+enum { TCP = 6, UDP = 17, SCTP = 132, ICMP = 1, ICMP6 = 58 };
 enum { SYN = 2, ACK = 16 };
 
 static volatile sig_atomic_t stop;
@@ -156,6 +156,23 @@ static const char *check_udp(const struct ip *ip)
 	return check_ports_sum(ip, 6) ? "UDP checksum" : NULL;
 }
 
+/* CRC32c, which is of what comes behind the IP header alone (RFC 9260, appendix A). */
+static const char *check_sctp(const struct ip *ip)
+{
+	uint32_t crc = ~0, is;
+
+	if (ip->n_l4 < 16)
+		return "SCTP length";
+	for (uint32_t i = 0; i < ip->n_l4; i++) {
+		crc ^= i >= 8 && i < 12 ? 0 : ip->l4[i];
+		for (int bit = 0; bit < 8; bit++)
+			crc = crc >> 1 ^ (0x82f63b78 & -(crc & 1));
+	}
+	is = ip->l4[8] | ip->l4[9] << 8 | ip->l4[10] << 16 | (uint32_t)ip->l4[11] << 24;
+	n.sums++;
+	return is == ~crc ? NULL : "SCTP checksum";
+}
+
 static const char *check_filled(const struct ip *ip);
 
 static const char *check_icmp(const struct ip *ip)
@@ -190,6 +207,8 @@ static const char *check_l4(const struct ip *ip)
 		return check_tcp(ip);
 	if (ip->proto == UDP)
 		return check_udp(ip);
+	if (ip->proto == SCTP)
+		return check_sctp(ip);
 	if (ip->proto == (ip->alen == 16 ? ICMP6 : ICMP))
 		return check_icmp(ip);
 	return ip->partial ? "a checksum is left to the device, of what?" : NULL;
