@@ -677,8 +677,9 @@ layer_api() {
 }
 layer_packet() { /usr/bin/python3 tests/packet/run; }
 layer_netns() {
-	promtool && test_program world tests/world.c &&
-		LIFTER=$PWD/tail_lifter WORLD=$BUILT PROMTOOL=$PROMTOOL tests/netns
+	local world
+	promtool && test_program world tests/world.c && world=$BUILT && test_program wire tests/router/wire.c &&
+		LIFTER=$PWD/tail_lifter WORLD=$world WIRE=$BUILT PROMTOOL=$PROMTOOL tests/netns
 }
 layer_router() {
 	local world wire neighbour=$PWD/build/test/neighbour.bpf.o
@@ -696,11 +697,11 @@ layer_life() {
 layer_ship() {
 	need qemu-aarch64:qemu-user readelf:binutils buildah:buildah podman:podman runc:runc /lib/systemd/systemd:systemd && tests/ship
 }
-layer_real() { verb_image && tests/real/run; }
+layer_real() { verb_image && test_program wire tests/router/wire.c && WIRE=$BUILT tests/real/run; }
 layer_kernels() { tests/kernels/run; }
 
 # Runs a layer, shows what it says but for its last line, and adds that up. Where nothing
-# failed only lines that begin with `kernel` or `router` are for everybody.
+# failed only lines that begin with `kernel`, `router` or `wire` are for everybody.
 layer() {
 	local log=build/test/$1.log last start=$SECONDS
 	step test "$1"
@@ -713,7 +714,7 @@ layer() {
 		return
 	}
 	PASSED=$((PASSED + BASH_REMATCH[1])) FAILED=$((FAILED + BASH_REMATCH[2]))
-	if [ "${BASH_REMATCH[2]}" = 0 ] && [ -z "${V:-}" ]; then sed -n '/^\(kernel\|router\) /p' "$log"; else sed '$d' "$log"; fi
+	if [ "${BASH_REMATCH[2]}" = 0 ] && [ -z "${V:-}" ]; then sed -n '/^\(kernel\|router\|wire\) /p' "$log"; else sed '$d' "$log"; fi
 	step "" "$last, $((SECONDS - start)) s"
 }
 

@@ -4,7 +4,7 @@
  *
  *   wire check NETNS[,FROM...]...   looks at every packet on every interface of these
  *                                   namespaces, both ways, and computes its lengths and
- *                                   checksums anew: IPv4 header, TCP, UDP, ICMP, ICMPv6, what
+ *                                   checksums anew: IPv4 header, TCP, UDP, SCTP, ICMP, ICMPv6, what
  *                                   ICMP errors quote, fragments when they are whole. Says
  *                                   what is wrong; at SIGTERM a line that counts. FROM is the
  *                                   beginning of an address ("10.42.", "fd42:"): what comes in
@@ -19,6 +19,8 @@
  *                                   source NAT, SEEN at a port of 61000 to 65535 that nobody else
  *                                   has? Bare are those that come from the pod's own address,
  *                                   because the flow was gone already
+ *   wire syns ...                   the same by TCP: N SYNs, whose SYN-ACKs are the answers; who
+ *                                   asked says no more, so they may come again
  *   wire forget MAP                 empties a pinned map
  *
  * Nothing of it is shared with tail_lifter: sums are computed plainly over all bytes.
@@ -48,7 +50,8 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { TCP = 6, UDP = 17, ICMP = 1, ICMP6 = 58 };
+enum { TCP = 6, UDP = 17, SCTP = 132, ICMP = 1, ICMP6 = 58 };
+enum { SYN = 2, ACK = 16 };
 
 static volatile sig_atomic_t stop;
 
@@ -153,6 +156,23 @@ static const char *check_udp(const struct ip *ip)
 	return check_ports_sum(ip, 6) ? "UDP checksum" : NULL;
 }
 
+/* CRC32c, which is of what comes behind the IP header alone (RFC 9260, appendix A). */
+static const char *check_sctp(const struct ip *ip)
+{
+	uint32_t crc = ~0, is;
+
+	if (ip->n_l4 < 16)
+		return "SCTP length";
+	for (uint32_t i = 0; i < ip->n_l4; i++) {
+		crc ^= i >= 8 && i < 12 ? 0 : ip->l4[i];
+		for (int bit = 0; bit < 8; bit++)
+			crc = crc >> 1 ^ (0x82f63b78 & -(crc & 1));
+	}
+	is = ip->l4[8] | ip->l4[9] << 8 | ip->l4[10] << 16 | (uint32_t)ip->l4[11] << 24;
+	n.sums++;
+	return is == ~crc ? NULL : "SCTP checksum";
+}
+
 static const char *check_filled(const struct ip *ip);
 
 static const char *check_icmp(const struct ip *ip)
@@ -187,6 +207,8 @@ static const char *check_l4(const struct ip *ip)
 		return check_tcp(ip);
 	if (ip->proto == UDP)
 		return check_udp(ip);
+	if (ip->proto == SCTP)
+		return check_sctp(ip);
 	if (ip->proto == (ip->alen == 16 ? ICMP6 : ICMP))
 		return check_icmp(ip);
 	return ip->partial ? "a checksum is left to the device, of what?" : NULL;
@@ -488,34 +510,59 @@ static uint16_t asker(uint32_t i, uint32_t alen, uint8_t *addr)
 	return 1024 + i / 1000 % 64000;
 }
 
-static uint32_t question(uint8_t *p, const struct service *to, uint32_t i)
+/* Its number is in a datagram's text, or a SYN's sequence number. */
+static uint32_t question(uint8_t *p, const struct service *to, uint32_t i, bool tcp)
 {
 	uint32_t head = to->alen == 4 ? 20 : 40, len;
-	uint8_t *udp = p + head;
-	struct ip ip = { .alen = to->alen, .proto = UDP, .l4 = udp };
+	uint8_t *l4 = p + head;
+	struct ip ip = { .alen = to->alen, .proto = tcp ? TCP : UDP, .l4 = l4 };
 
-	memset(p, 0, head + 8);
+	memset(p, 0, head + 20);
 	ip.src = to->alen == 4 ? p + 12 : p + 8;
 	ip.dst = ip.src + to->alen;
-	put16(udp, asker(i, to->alen, (uint8_t *)ip.src));
+	put16(l4, asker(i, to->alen, (uint8_t *)ip.src));
 	memcpy((uint8_t *)ip.dst, to->addr, to->alen);
-	put16(udp + 2, to->port);
-	len = ip.n_l4 = 8 + sprintf((char *)udp + 8, "%u\n", i);
-	put16(udp + 4, len);
-	put16(udp + 6, 0xffff - add(pseudo_header(&ip, len), udp, len));
+	put16(l4 + 2, to->port);
+	if (tcp) {
+		put16(l4 + 4, i >> 16);
+		put16(l4 + 6, i);
+		l4[12] = 5 << 4;
+		l4[13] = SYN;
+		put16(l4 + 14, 65535);
+		len = ip.n_l4 = 20;
+	} else {
+		len = ip.n_l4 = 8 + sprintf((char *)l4 + 8, "%u\n", i);
+		put16(l4 + 4, len);
+	}
+	put16(l4 + (tcp ? 16 : 6), 0xffff - add(pseudo_header(&ip, len), l4, len));
 	if (to->alen == 4) {
 		p[0] = 0x45;
 		p[8] = 64;
-		p[9] = UDP;
+		p[9] = ip.proto;
 		put16(p + 2, head + len);
 		put16(p + 10, 0xffff - add(0, p, 20));
 	} else {
 		p[0] = 0x60;
-		p[6] = UDP;
+		p[6] = ip.proto;
 		p[7] = 64;
 		put16(p + 4, len);
 	}
 	return head + len;
+}
+
+static const char *check_sender(const struct ip *ip, const struct service *services, int n_services, uint32_t i)
+{
+	const struct service *of = &services[i % n_services];
+	uint8_t addr[16];
+	uint16_t port = asker(i, of->alen, addr);
+
+	if (!memcmp(ip->src, ip->alen == 4 ? "\x0a\x2a" : "\xfd\x42", 2)) /* 10.42.0.0/16, fd42::/16 */
+		return "";
+	if (ip->alen != of->alen || memcmp(ip->src, of->addr, ip->alen) || get16(ip->l4) != of->port)
+		return "an answer from whom we did not ask";
+	if (memcmp(ip->dst, addr, ip->alen) || get16(ip->l4 + 2) != port)
+		return "an answer to who did not ask";
+	return NULL;
 }
 
 /* What is wrong with an answer, "" if it is bare; *i is which question it answers. */
@@ -530,22 +577,23 @@ static const char *check_answer(const uint8_t *p, uint32_t len, struct service *
 
 	if (wrong)
 		return wrong;
+	if (ip.proto == TCP && ip.l4[13] == (SYN | ACK)) {
+		*i = (get16(ip.l4 + 8) << 16 | get16(ip.l4 + 10)) - 1;
+		return check_sender(&ip, services, n_services, *i);
+	}
 	if (ip.proto != UDP)
-		return "not UDP";
+		return "not an answer";
 	len = ip.n_l4 - 8 < sizeof(text) ? ip.n_l4 - 8 : sizeof(text) - 1;
 	memcpy(text, ip.l4 + 8, len);
 	text[len] = 0;
 	if (sscanf(text, "pod-%c%*[^ ] answers %127s port %u %u", &letter, who, &seen, i) != 4 &&
 	    sscanf(text, "pod-%c answers %127s port %u %u", &letter, who, &seen, i) != 4)
 		return "not an answer";
+	wrong = check_sender(&ip, services, n_services, *i);
+	if (wrong)
+		return wrong;
 	of = &services[*i % n_services];
 	port = asker(*i, of->alen, addr);
-	if (!memcmp(ip.src, ip.alen == 4 ? "\x0a\x2a" : "\xfd\x42", 2)) /* 10.42.0.0/16, fd42::/16 */
-		return "";
-	if (ip.alen != of->alen || memcmp(ip.src, of->addr, ip.alen) || get16(ip.l4) != of->port)
-		return "an answer from whom we did not ask";
-	if (memcmp(ip.dst, addr, ip.alen) || get16(ip.l4 + 2) != port)
-		return "an answer to who did not ask";
 	if (!strchr(of->pods, letter))
 		return "an answer of another service's pod";
 	inet_ntop(ip.alen == 4 ? AF_INET : AF_INET6, addr, text, sizeof(text));
@@ -571,8 +619,9 @@ static int flood_tun(const char *netns)
 	return fd;
 }
 
-static int flood(int argc, char **arg)
+static int flood(int argc, char **arg, bool tcp)
 {
+	static bool had[1 << 20]; /* questions that have been answered */
 	uint32_t total = atoi(arg[1]), sent = 0, n_open = 0, answered = 0, wrong = 0, bare = 0, i = 0;
 	double begin, end, quiet, rate = atof(arg[2]);
 	static struct service services[16];
@@ -580,8 +629,8 @@ static int flood(int argc, char **arg)
 	int fd, n_services = argc - 4;
 	ssize_t len;
 
-	if (n_services < 1 || n_services > 16)
-		errx(2, "wire flood: 1 to 16 services");
+	if (n_services < 1 || n_services > 16 || total > sizeof(had))
+		errx(2, "wire flood: 1 to 16 services, %zu questions", sizeof(had));
 	for (int k = 0; k < n_services; k++) { /* ADDRESS:PORT=PODS */
 		struct service *s = &services[k];
 		char *pods = strchr(arg[4 + k], '='), *port;
@@ -603,7 +652,7 @@ static int flood(int argc, char **arg)
 		struct pollfd poll_in = { fd, POLLIN, 0 };
 
 		for (; sent < total && n_open < WINDOW && sent < (now() - begin) * rate; sent++, n_open++) {
-			len = question(p, &services[sent % n_services], sent);
+			len = question(p, &services[sent % n_services], sent, tcp);
 			if (write(fd, p, len) != len)
 				err(1, "flood0");
 			quiet = now();
@@ -615,7 +664,16 @@ static int flood(int argc, char **arg)
 
 			if (p[0] >> 4 == 6 && p[24] == 0xff)
 				continue; /* multicast: the kernel says hello to flood0 */
+			i = 0;
 			what = check_answer(p, len, services, n_services, &i);
+			if (i >= sent)
+				what = "an answer to what was never asked";
+			else if (had[i] && tcp && (!what || !*what))
+				continue;
+			else if (had[i] && !what)
+				what = "a second answer";
+			else
+				had[i] = true;
 			quiet = now();
 			answered++;
 			n_open -= n_open > 0;
@@ -657,10 +715,10 @@ int main(int argc, char **argv)
 	sigaction(SIGTERM, &act, NULL);
 	if (argc > 2 && !strcmp(argv[1], "check"))
 		return check(argc - 2, argv + 2);
-	if (argc > 6 && !strcmp(argv[1], "flood"))
-		return flood(argc - 2, argv + 2);
+	if (argc > 6 && (!strcmp(argv[1], "flood") || !strcmp(argv[1], "syns")))
+		return flood(argc - 2, argv + 2, argv[1][0] == 's');
 	if (argc == 3 && !strcmp(argv[1], "forget"))
 		return forget(argv[2]);
-	fprintf(stderr, "usage: wire check NETNS[,FROM...]... | wire flood NETNS N RATE SECONDS ADDRESS:PORT=PODS[@SEEN]... | wire forget MAP\n");
+	fprintf(stderr, "usage: wire check NETNS[,FROM...]... | wire flood|syns NETNS N RATE SECONDS ADDRESS:PORT=PODS[@SEEN]... | wire forget MAP\n");
 	return 2;
 }

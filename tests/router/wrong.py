@@ -7,7 +7,7 @@ import sys
 
 logging.getLogger("scapy.runtime").setLevel(logging.ERROR)
 from scapy.all import (ICMP, IP, TCP, UDP, Ether, ICMPv6EchoRequest, ICMPv6PacketTooBig, IPv6, IPv6ExtHdrDestOpt,  # noqa: E402
-                       IPv6ExtHdrFragment, PadN, Raw, conf, fragment, fragment6)
+                       IPv6ExtHdrFragment, PadN, Raw, SCTP, SCTPChunkData, conf, fragment, fragment6)
 
 v4, v6 = IP(src="192.0.2.7", dst="192.0.2.8"), IPv6(src="2001:db8::7", dst="2001:db8::8")
 text = b"an odd number of bytes."
@@ -31,6 +31,8 @@ sent = []  # bytes, wrong, unsure, whole
 for p in map(bytes, right):
     sent += [(p, 0, 0, 0), (changed(p, -1), 1, 0, 0), (p + b"!", 1, 0, 0), (p[:-1], 1, 0, 0)]
     sent += [(changed(p, 10 if p[0] >> 4 == 4 else 4), 1, 0, 0), (changed(p, 15), 1, 0, 0)]
+for p in (bytes(ip / SCTP(sport=7, dport=8, tag=9) / SCTPChunkData(data=text)) for ip in (v4, v6)):
+    sent += [(p, 0, 0, 0), (changed(p, -1), 1, 0, 0), (changed(p, -len(text) - 9), 1, 0, 0)]
 for p in errors:
     quote = changed(asked[6 if IPv6 in p else 4], -1)  # with it the message is right, but what it quotes is not
     outer = p.copy()
