@@ -95,9 +95,8 @@ __inline_always enum fate fate_of(enum tl_reason reason)
 
 /* === packet and parse =====================================================
  * What is known of the packet at hand is kept in a map, not on the stack: the stack has 512 bytes,
- * and the verifier, which knows nothing of what a map holds, walks the rest of the program once and
- * not for each way through the parser. Per CPU is enough: nothing interrupts a tc program with
- * another one. */
+ * and the verifier, which knows nothing of what a map holds, walks what follows once and not for
+ * each way through the parser. Per CPU is enough: nothing interrupts a tc program with another. */
 struct packet {
 	struct tl_tuple tuple; /* of the outermost IP header; ports 0 until parse_ports */
 	__u32 l3, l4, end;     /* offsets of the IP header, of what it carries, of its end */
@@ -186,9 +185,8 @@ __inline_always bool is_extension(__u8 proto)
 	return proto == IPPROTO_HOPOPTS || proto == IPPROTO_ROUTING || proto == IPPROTO_DSTOPTS || proto == IPPROTO_FRAGMENT;
 }
 
-/* Walks the extension headers, at most TL_EXTENSIONS of them (RFC 8200, 4.1 allows each once,
- * destination options twice). What cannot be walked leaves the packet odd: whether that matters
- * depends on whom it is for. */
+/* Walks at most TL_EXTENSIONS extension headers (RFC 8200, 4.1 allows each once, one of them twice).
+ * What cannot be walked leaves the packet odd: whether that matters depends on whom it is for. */
 __inline_always int parse_v6(struct __sk_buff *skb, struct packet *p, const struct ipv6hdr *ip)
 {
 	struct {
@@ -341,8 +339,7 @@ __inline_always __u16 fold(__u64 sum)
 	return (sum >> 16) + (sum & 0xffff);
 }
 
-/* Where the transport's checksum is; 0: it has none that covers addresses (SCTP's CRC does not, and
- * its ports are never changed). */
+/* Where the transport's checksum is; 0: it covers neither addresses nor ports that change (SCTP). */
 __inline_always __u32 checksum_offset(const struct packet *p)
 {
 	if (p->tuple.proto == IPPROTO_TCP)
@@ -350,8 +347,7 @@ __inline_always __u32 checksum_offset(const struct packet *p)
 	return p->tuple.proto == IPPROTO_UDP ? p->l4 + __builtin_offsetof(struct udphdr, check) : 0;
 }
 
-/* Addresses. BPF_F_PSEUDO_HDR because they are in the pseudo-header, which is all that the checksum
- * field of a CHECKSUM_PARTIAL packet holds. */
+/* Addresses are in the pseudo-header, which is all that a CHECKSUM_PARTIAL packet's field holds. */
 __inline_always int write_addresses(struct __sk_buff *skb, struct packet *p, const struct tl_tuple *to, __u32 check,
 				    __u64 flags)
 {
@@ -374,8 +370,7 @@ __inline_always int write_addresses(struct __sk_buff *skb, struct packet *p, con
 	return bpf_skb_store_bytes(skb, p->l3 + 10, &v4.check, 10, 0);
 }
 
-/* Ports, apart from the addresses: they are not in the pseudo-header, and with CHECKSUM_PARTIAL the
- * field must not know of them. */
+/* Ports are not, and with CHECKSUM_PARTIAL the field must not know of them. */
 __inline_always int write_ports(struct __sk_buff *skb, struct packet *p, const struct tl_tuple *to, __u32 check,
 				__u64 flags)
 {
@@ -419,23 +414,21 @@ __inline_always int reason_without_service(const struct packet *p)
 	return bpf_map_lookup_elem(&net_map, &net) ? TL_NO_SERVICE : TL_NOT_SERVED;
 }
 
-__inline_always bool source_allowed(const struct packet *p, const struct tl_svc *svc)
+__inline_always bool source_allowed(const struct packet *p, __u64 name)
 {
-	struct tl_net_key net = { 64 + 128, { svc->name, svc->name >> 32 }, p->tuple.src };
+	struct tl_net_key net = { 64 + 128, { name, name >> 32 }, p->tuple.src };
 
-	return !(svc->flags & TL_SVC_SOURCES) || bpf_map_lookup_elem(&net_map, &net);
+	return bpf_map_lookup_elem(&net_map, &net);
 }
 
-/* Rendezvous hashing (Thaler, Ravishankar 1998): every backend draws a number for this client
- * tuple, the highest wins. When one of N backends comes or goes only its own 1/N of the flows move,
- * the shares are even, no table is kept, and a node that has lost everything chooses the same
- * again. Hash and seeds are well mixed, so one multiplication is enough to draw. Returns the
- * winner's place in the set, -1 if the set is not there.
+/* Rendezvous hashing (Thaler, Ravishankar 1998): every backend draws a number for this client tuple,
+ * the highest wins. When one of N backends comes or goes only its own 1/N of the flows move, the
+ * shares are even, no table is kept, and a node that has lost everything chooses the same again.
+ * Hash and seeds are well mixed, so one multiplication draws. The winner's place in the set, or -1.
  *
- * For the verifier the inner loop has no branch (it gives up on a path with 8192 of them): the
- * agent fills the last chunk with repetitions, and comparisons are arithmetic on numbers below
- * 2^63, whose last bits are the place in the set. It is global and takes numbers only, so that it
- * is walked once and not for every state it is called in. */
+ * For the verifier the inner loop has no branch (it gives up on a path with 8192 of them): the agent
+ * fills the last chunk with repetitions, and comparisons are arithmetic on numbers below 2^63, whose
+ * last bits are the place. It is global and takes numbers only, so it is walked once. */
 __noinline int choose(__u64 set, __u32 n, __u64 hash)
 {
 	struct tl_set_key key = { .set = set };
@@ -501,8 +494,7 @@ __inline_always struct tl_backend *backend_for(const struct packet *p, const str
 }
 
 /* === flows ================================================================ */
-/* The same the other way: what the far side sends. So a flow's other half has the key turned(to),
- * and becomes the turned key. */
+/* What the far side sends. A flow's other half has the key turned(to), and becomes the turned key. */
 __inline_always struct tl_tuple turned(const struct tl_tuple *t)
 {
 	return (struct tl_tuple){ t->dst, t->src, t->dport, t->sport, t->proto, t->dir ^ 1, 0 };
@@ -548,10 +540,9 @@ static __noinline int keep_other(const struct packet *p)
 	return !there || bpf_map_update_elem(&ct_map, &key, &other, BPF_ANY) ? TL_FLOW_TABLE : TL_FLOW_HEALED;
 }
 
-/* Accounts for a packet of a known flow, or one that begins `anew`, and when the flow's state
- * changes, and once a second, looks after its other half, so that neither is evicted while the flow
- * is in use and a lost one returns (invariant 4). 0, or why the flow is no longer good; *flow is
- * then where to read on: not in the map, which may have lost it. */
+/* Accounts for a packet of a known flow, or one that begins `anew`, and when its state changes, and
+ * once a second, looks after its other half, so that neither is evicted while it is in use and a lost
+ * one returns (invariant 4). 0, or why the flow is no longer good; *at is then where to read on. */
 __inline_always int use_flow(struct __sk_buff *skb, struct packet *p, struct tl_flow **at, bool anew)
 {
 	struct tl_flow *flow = *at;
@@ -587,9 +578,8 @@ __inline_always int use_flow(struct __sk_buff *skb, struct packet *p, struct tl_
 }
 
 /* Writes both halves of a new flow, p->flow, the reply's first: a request never goes out before its
- * reply can come back. If the reply's place is taken, by the same client port talking to the same
- * backend through another service, this flow gets another source port (invariant 3), not below
- * `least`. 0 or a reason. */
+ * reply can come back. If that one's place is taken, by the same client port talking to the same
+ * backend through another service, this flow gets another source port (invariant 3), from `least`. */
 static __noinline int begin_flow(struct __sk_buff *skb, struct packet *p, __u32 least)
 {
 	__u64 hash = hash_tuple(&p->tuple);
@@ -611,10 +601,9 @@ static __noinline int begin_flow(struct __sk_buff *skb, struct packet *p, __u32 
 	return reason == TL_FLOW_TABLE || bpf_map_update_elem(&ct_map, &p->tuple, &p->flow, BPF_ANY) ? TL_FLOW_TABLE : 0;
 }
 
-/* A flow that is over or whose backend has left the service, met by a SYN: the old pair goes, so
- * that its replies cannot be taken for the new one's. What has its other half's place may be
- * another flow's. */
-__inline_always void forget_flow(const struct tl_tuple *t, const struct tl_flow *flow)
+/* Whose backend has left, or that is over: the pair goes, or its replies would be taken for the new
+ * one's. What has the other half's place may be another flow's. */
+static __noinline void forget_flow(const struct tl_tuple *t, const struct tl_flow *flow)
 {
 	struct tl_tuple key = turned(&flow->to), to = turned(t);
 	struct tl_flow *there = bpf_map_lookup_elem(&ct_map, &key);
@@ -624,9 +613,18 @@ __inline_always void forget_flow(const struct tl_tuple *t, const struct tl_flow 
 	bpf_map_delete_elem(&ct_map, t);
 }
 
+/* Nor for what the pod itself is asked, from a port whose flow is over. */
+__inline_always void forget_reply(const struct tl_tuple *t)
+{
+	struct tl_tuple key = turned(t);
+	struct tl_flow *flow = bpf_map_lookup_elem(&ct_map, &key);
+
+	if (flow && flow->state & TL_FLOW_CLOSED)
+		bpf_map_delete_elem(&ct_map, &key);
+}
+
 /* === translation ========================================================== */
-/* The MSS in a SYN becomes what fits through the tunnel, if it is more: segments that do not fit
- * would be cut up or lost. */
+/* The MSS in a SYN becomes what fits through the tunnel: larger segments would be cut up or lost. */
 static __noinline int clamp_mss(struct __sk_buff *skb, const struct packet *p)
 {
 	__u32 key = skb->ifindex, at, most;
@@ -653,9 +651,8 @@ static __noinline int clamp_mss(struct __sk_buff *skb, const struct packet *p)
 	return 0;
 }
 
-/* Makes the packet what *to says, and remembers it if it is the first of its fragments; `done` or
- * why not. A UDP checksum of 0 means none and stays, one that becomes 0 is sent as 0xffff (RFC 768,
- * RFC 8200 8.1). */
+/* Makes the packet what *to says; `done` or why not. A UDP checksum of 0 means none and stays, one
+ * that becomes 0 is sent as 0xffff (RFC 768, RFC 8200 8.1). */
 static __noinline int translate(struct __sk_buff *skb, struct packet *p, const struct tl_tuple *to,
 					       int done)
 {
@@ -671,12 +668,11 @@ static __noinline int translate(struct __sk_buff *skb, struct packet *p, const s
 	return done;
 }
 
-/* An error quotes the packet it is about, whose flow goes the other way: the quote, turned around,
- * is a packet of the flow that the error travels along. The addresses outside become what they
- * would for such a packet, and the quote what its receiver has sent. The source may be a router,
- * whose address stays, but not towards the client: who may send it what is known by address
- * (AllowedIPs). Checksums inside are mended too; then that of the ICMP message only changes for
- * what they do not cover. 0 if it is about no flow of ours. */
+/* An error quotes the packet it is about, whose flow goes the other way: the quote, turned around, is
+ * of the flow that the error travels along. The addresses outside become what they would for such a
+ * packet, and the quote what its receiver has sent. A router's address stays as the source, but not
+ * towards the client: who may send it what is known by address (AllowedIPs). Checksums inside are
+ * mended; the ICMP message's then changes only for what they do not cover. 0: about no flow of ours. */
 static __noinline int icmp_error(struct __sk_buff *skb, struct packet *p)
 {
 	__u32 which = QUOTED, check, icmp_check = p->l4 + __builtin_offsetof(struct icmp6hdr, icmp6_cksum);
@@ -723,20 +719,9 @@ __inline_always int without_ports(struct __sk_buff *skb, struct packet *p, int o
 }
 
 /* === directions =========================================================== */
-/* A client begins to talk to a pod itself. If the same ports were a flow's, which is over, the
- * pod's answers are that one's no longer. */
-__inline_always void forget_reply(const struct packet *p)
-{
-	struct tl_tuple key = turned(&p->tuple);
-	struct tl_flow *flow = bpf_map_lookup_elem(&ct_map, &key);
-
-	if (flow && flow->state & TL_FLOW_CLOSED)
-		bpf_map_delete_elem(&ct_map, &key);
-}
-
 /* A request without a flow, or a SYN, which asks anew: a flow whose backend is still in the set and
  * that nobody closed stays where it is (the SYN came twice), any other is replaced. */
-__inline_always int new_request(struct __sk_buff *skb, struct packet *p, struct tl_flow *old)
+static __noinline int new_request(struct __sk_buff *skb, struct packet *p, struct tl_flow *old)
 {
 	__u64 prefer = old && !(old->state & TL_FLOW_CLOSED) ? old->seed : 0, seed = 0;
 	struct tl_svc_key key = { p->tuple.dst, p->tuple.dport, p->tuple.proto, 0 };
@@ -744,13 +729,11 @@ __inline_always int new_request(struct __sk_buff *skb, struct packet *p, struct 
 	struct tl_backend *backend;
 	int reason = 0;
 
-	if (!svc) {
-		reason = reason_without_service(p);
-		if (reason == TL_NOT_SERVED && is_syn(p))
-			forget_reply(p);
-		return reason;
-	}
-	if (!source_allowed(p, svc))
+	if (!svc && is_syn(p)) /* perhaps to a pod itself, from a port that has used a service */
+		forget_reply(&p->tuple);
+	if (!svc)
+		return reason_without_service(p);
+	if (svc->flags & TL_SVC_SOURCES && !source_allowed(p, svc->name))
 		return TL_SOURCE;
 	backend = backend_for(p, svc, prefer, &seed, &reason);
 	if (!backend)
@@ -759,9 +742,12 @@ __inline_always int new_request(struct __sk_buff *skb, struct packet *p, struct 
 		return translate(skb, p, &old->to, TL_REQUEST_SENT);
 	if (old)
 		forget_flow(&p->tuple, old);
-	p->flow = (struct tl_flow){ .to = { p->tuple.src, backend->addr, p->tuple.sport, backend->port, p->tuple.proto, 0, 0 },
-				    .state = backend->flags & TL_BACKEND_SNAT ? TL_FLOW_SNAT : 0,
-				    .name = svc->name, .seed = seed };
+	p->flow.to = p->tuple;
+	p->flow.to.dst = backend->addr;
+	p->flow.to.dport = backend->port;
+	p->flow.state = backend->flags & TL_BACKEND_SNAT ? TL_FLOW_SNAT : 0;
+	p->flow.name = svc->name;
+	p->flow.seed = seed;
 	reason = begin_flow(skb, p, 1024);
 	if (reason)
 		return reason;
@@ -781,9 +767,8 @@ static __noinline int request(struct __sk_buff *skb, struct packet *p)
 		if (served != TL_NO_PORT || reason != TL_PROTOCOL)
 			return served == TL_NO_PORT ? reason : served;
 		type = icmp_type(skb, p);
-		if (type == (p->v6 ? ICMPV6_ECHO_REQUEST : ICMP_ECHO))
-			return TL_PING;
-		return is_error(p, type) ? TL_ICMP_STRAY : TL_PROTOCOL;
+		return type == (p->v6 ? ICMPV6_ECHO_REQUEST : ICMP_ECHO) ? TL_PING :
+		       is_error(p, type) ? TL_ICMP_STRAY : TL_PROTOCOL;
 	}
 	flow = bpf_map_lookup_elem(&ct_map, &p->tuple);
 	if (flow && !is_syn(p) && !use_flow(skb, p, &flow, false))
@@ -809,9 +794,8 @@ static __noinline int from_backend(struct __sk_buff *skb, struct packet *p)
 	return reason;
 }
 
-/* Source NAT (--snat), where the packet leaves towards a pod, behind all that the stack does, so
- * that conntrack sees client <-> pod whatever we write. A packet whose source another masquerade
- * has changed is no longer of a flow we know. */
+/* Source NAT (--snat), where the packet leaves towards a pod, behind all that the stack does. One
+ * whose source another masquerade has changed is no longer of a flow we know. */
 static __noinline int to_backend(struct __sk_buff *skb, struct packet *p)
 {
 	__u32 ifindex = skb->ifindex;
@@ -849,8 +833,7 @@ static __noinline int to_backend(struct __sk_buff *skb, struct packet *p)
 }
 
 /* === answers ==============================================================
- * What nobody serves is refused at once, and a ping of a service is answered, by the packet itself,
- * turned around and sent out by the door it came in. */
+ * The refused packet, or the ping, is the answer itself, turned around and sent out where it came in. */
 __inline_always int send_back(struct __sk_buff *skb, const struct packet *p)
 {
 	__u8 macs[12];
@@ -861,15 +844,13 @@ __inline_always int send_back(struct __sk_buff *skb, const struct packet *p)
 	return bpf_redirect(skb->ifindex, 0);
 }
 
-/* The pseudo-header's sum; the same both ways, and v4-mapped addresses add a multiple of 0xffff,
- * which is none. */
+/* Of the pseudo-header; the same both ways. A mapped prefix adds a multiple of 0xffff, which is 0. */
 __inline_always __u64 pseudo_sum(const struct packet *p, __u8 proto, __u32 len)
 {
 	return (__u64)bpf_csum_diff(NULL, 0, (void *)&p->tuple.src, 32, 0) + bpf_htonl(len) + bpf_htonl(proto);
 }
 
-/* Sends an answer from the service to the client: an IP header, TCP's or ICMP's in `head`, and what
- * is behind that already; `len` bytes in all behind the IP header. */
+/* Sends an answer: an IP header, TCP's or ICMP's in `head`, and what is behind; `len` without IP's. */
 static __noinline int send_answer(struct __sk_buff *skb, const struct packet *p, __u8 proto, const void *head, __u32 len)
 {
 	struct ipv6hdr v6 = { .version = 6, .payload_len = bpf_htons(len), .nexthdr = proto, .hop_limit = 64 };
@@ -888,9 +869,8 @@ static __noinline int send_answer(struct __sk_buff *skb, const struct packet *p,
 	return send_back(skb, p);
 }
 
-/* Is the transport's checksum left to the device (CHECKSUM_PARTIAL)? Then a port that changes does
- * not show in the field, which is *partial, the sum of the pseudo-header. The field is left as it
- * was. */
+/* Is the transport's checksum left to the device (CHECKSUM_PARTIAL)? Then a changed port does not show
+ * in the field, which is *partial, the sum of the pseudo-header. It is left as it was. */
 __inline_always bool is_partial(struct __sk_buff *skb, __u32 check, __u16 *partial)
 {
 	__u16 after = 0;
@@ -923,9 +903,8 @@ __inline_always int refuse_tcp(struct __sk_buff *skb, struct packet *p)
 	return send_answer(skb, p, IPPROTO_TCP, &rst, sizeof(rst));
 }
 
-/* Port unreachable (RFC 792, RFC 4443), quoting what came. If the device is to fill in the quoted
- * checksum, it makes what it sums up come out as the complement of what the field holds now; that
- * is what our own sum counts. */
+/* Port unreachable (RFC 792, RFC 4443), quoting what came. What the device sums up when it fills in
+ * the quoted checksum becomes the complement of what the field holds now, which our own sum counts. */
 __inline_always int refuse_icmp(struct __sk_buff *skb, struct packet *p)
 {
 	struct icmp6hdr icmp = { .icmp6_type = p->v6 ? ICMPV6_DEST_UNREACH : ICMP_DEST_UNREACH,
@@ -957,11 +936,10 @@ __inline_always int refuse_icmp(struct __sk_buff *skb, struct packet *p)
 /* Addresses change places and the type changes; no other checksum does. */
 __inline_always int echo(struct __sk_buff *skb, struct packet *p)
 {
-	__u8 type = p->v6 ? ICMPV6_ECHO_REPLY : ICMP_ECHOREPLY;
-	__be16 old = bpf_htons(p->v6 ? ICMPV6_ECHO_REQUEST << 8 : ICMP_ECHO << 8), new = bpf_htons(type << 8);
+	__u8 old = p->v6 ? ICMPV6_ECHO_REQUEST : ICMP_ECHO, type = p->v6 ? ICMPV6_ECHO_REPLY : ICMP_ECHOREPLY;
 	struct tl_tuple to = turned(&p->tuple);
 
-	if (write_addresses(skb, p, &to, 0, 0) || bpf_l4_csum_replace(skb, p->l4 + 2, old, new, 2) ||
+	if (write_addresses(skb, p, &to, 0, 0) || bpf_l4_csum_replace(skb, p->l4 + 2, old, type, 2) ||
 	    bpf_skb_store_bytes(skb, p->l4, &type, 1, 0))
 		return -1;
 	return send_back(skb, p);
@@ -1001,9 +979,7 @@ static __noinline int answer(struct __sk_buff *skb, struct packet *p, bool ping)
 }
 
 /* === doors ================================================================
- * The section name serves both: on kernels without tcx the agent attaches the same program by
- * cls_bpf. */
-/* The only entry and the only exit. */
+ * The only entry and the only exit. The section name serves cls_bpf too, where there is no tcx. */
 __inline_always int open_door(struct __sk_buff *skb, int (*direction)(struct __sk_buff *, struct packet *), __u32 l3,
 			      __u8 dir)
 {
