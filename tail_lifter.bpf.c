@@ -18,10 +18,9 @@
  * to_pods (egress) gives requests this node's address and a port of its own, from_pods
  * (ingress) gives replies the client's back: the stack in between sees client <-> pod as well.
  *
- * A packet is parsed once, into struct packet, with both families as 16-byte
- * addresses; behind the parser only the writers ask for the family. Each door
- * exists for links without a link-layer header (TUN) and for Ethernet.
- * Every packet leaves through open_door(), with a reason out of TL_REASONS.
+ * A packet is parsed once, into struct packet, with both families as 16-byte addresses; behind
+ * the parser only the writers ask for the family. Each door exists for links without a link-layer
+ * header (TUN) and for Ethernet. Each packet leaves by open_door(), with one of TL_REASONS.
  * No CO-RE, kfuncs, bpf_loop, timers or callbacks: it loads on 5.10 without BTF.
  */
 #include <stdbool.h>
@@ -46,10 +45,9 @@ enum { ICMP_ECHOREPLY = 0, ICMP_DEST_UNREACH = 3, ICMP_PORT_UNREACH = 3, ICMP_EC
 
 #define __inline_always static inline __attribute__((always_inline))
 
-/* === configuration ======================================================== */
+/* === configuration and maps =============================================== */
 const volatile __u64 tl_hz = 250; /* jiffies in a second; the agent sets it before loading */
 
-/* === maps ================================================================= */
 #define MAP(name, kind, n, flags, of, holds)       \
 	struct {                                   \
 		__uint(type, BPF_MAP_TYPE_##kind); \
@@ -140,8 +138,7 @@ __inline_always bool is_mapped(const struct tl_addr *a)
 	return !a->w[0] && !a->w[1] && a->w[2] == bpf_htonl(0xffff);
 }
 
-/* Where, from `at` to `end`, is the option of this kind (of IPv4 or TCP, which write them alike)?
- * 0: nowhere, or behind TL_OPTIONS others. */
+/* Where is IPv4's or TCP's option of this kind? 0: nowhere, or behind TL_OPTIONS others. */
 static __noinline int find_option(struct __sk_buff *skb, __u32 at, __u32 end, __u8 kind)
 {
 	__u8 opt[2];
@@ -233,21 +230,19 @@ __inline_always bool is_foreign(const struct __sk_buff *skb, __u32 l3)
 /* Fills *p down to the transport's offset; 0, or the reason to pass. */
 static __noinline int parse_ip(struct __sk_buff *skb, struct packet *p, __u32 l3, __u8 dir)
 {
-	union {
-		struct iphdr v4;
-		struct ipv6hdr v6;
-	} ip;
+	struct ipv6hdr v6;
+	struct iphdr *v4 = (struct iphdr *)&v6;
 	int reason;
 
 	__builtin_memset(p, 0, __builtin_offsetof(struct packet, flow));
 	p->l3 = l3;
 	p->tuple.dir = dir;
-	if (bpf_skb_load_bytes(skb, l3, &ip, sizeof(ip.v4)) || (ip.v4.version != 4 && ip.v4.version != 6))
+	if (bpf_skb_load_bytes(skb, l3, v4, sizeof(*v4)) || (v4->version != 4 && v4->version != 6))
 		return TL_NOT_IP;
-	if (ip.v4.version == 4)
-		reason = parse_v4(skb, p, &ip.v4);
+	if (v4->version == 4)
+		reason = parse_v4(skb, p, v4);
 	else
-		reason = bpf_skb_load_bytes(skb, l3, &ip.v6, sizeof(ip.v6)) ? TL_MALFORMED : parse_v6(skb, p, &ip.v6);
+		reason = bpf_skb_load_bytes(skb, l3, &v6, sizeof(v6)) ? TL_MALFORMED : parse_v6(skb, p, &v6);
 	if (p->end == l3 && skb->len - l3 > 0xffff) /* BIG TCP: longer than the field can say, which is 0 */
 		p->end = skb->len;
 	return reason;
@@ -256,12 +251,9 @@ static __noinline int parse_ip(struct __sk_buff *skb, struct packet *p, __u32 l3
 /* The same fragments in the same direction: address pair, protocol, IP id. */
 __inline_always struct tl_tuple fragment_key(const struct packet *p)
 {
-	struct tl_tuple key = p->tuple;
+	__u8 proto = p->v6 ? 0 : p->tuple.proto; /* RFC 8200: an id stands without protocol */
 
-	key.sport = p->frag_id;
-	key.dport = p->frag_id >> 16;
-	key.proto = p->v6 ? 0 : key.proto; /* RFC 8200: an id stands without protocol */
-	return key;
+	return (struct tl_tuple){ p->tuple.src, p->tuple.dst, p->frag_id, p->frag_id >> 16, proto, p->tuple.dir, 0 };
 }
 
 __inline_always void remember_fragment(const struct packet *p)
@@ -308,8 +300,7 @@ __inline_always int parse_ports(struct __sk_buff *skb, struct packet *p)
 		return TL_BAD_HEADER;
 	p->tuple.sport = head.sport;
 	p->tuple.dport = head.dport;
-	if (tcp)
-		p->tcp = head.flags;
+	p->tcp = tcp ? head.flags : 0;
 	return 0;
 }
 
@@ -409,9 +400,8 @@ __inline_always int reason_without_service(const struct packet *p)
 	struct tl_svc_key address = { .addr = p->tuple.dst };
 	struct tl_net_key net = { 64 + 128, { 0, 0 }, p->tuple.dst };
 
-	if (bpf_map_lookup_elem(&svc_map, &address))
-		return TL_NO_PORT;
-	return bpf_map_lookup_elem(&net_map, &net) ? TL_NO_SERVICE : TL_NOT_SERVED;
+	return bpf_map_lookup_elem(&svc_map, &address) ? TL_NO_PORT :
+	       bpf_map_lookup_elem(&net_map, &net) ? TL_NO_SERVICE : TL_NOT_SERVED;
 }
 
 __inline_always bool source_allowed(const struct packet *p, __u64 name)
@@ -451,7 +441,6 @@ __noinline int choose(__u64 set, __u32 n, __u64 hash)
 	return best % TL_MAX_BACKENDS;
 }
 
-/* Its seed too. */
 __inline_always struct tl_backend *backend_at(const struct tl_svc *svc, __u32 place, __u64 *seed)
 {
 	struct tl_set_key key = { .set = svc->set, .chunk = place / TL_CHUNK };
@@ -546,7 +535,7 @@ static __noinline int keep_other(const struct packet *p)
 __inline_always int use_flow(struct __sk_buff *skb, struct packet *p, struct tl_flow **at, bool anew)
 {
 	struct tl_flow *flow = *at;
-	bool back = p->tuple.dir & 1;
+	bool back = p->tuple.dir & 1, quick;
 	__u32 was = anew ? flow->state & TL_FLOW_SNAT : flow->state,
 	      state = was | (p->tcp & RST ? TL_FLOW_RST : 0) |
 		      (back ? TL_FLOW_ANSWERED : was & TL_FLOW_ANSWERED ? TL_FLOW_OPEN : 0) |
@@ -554,15 +543,13 @@ __inline_always int use_flow(struct __sk_buff *skb, struct packet *p, struct tl_
 	__u64 now = bpf_jiffies64();
 	int reason;
 
-	if (state == flow->state && now - flow->seen < tl_hz && !anew) {
-		flow->packets++;
-		flow->bytes += skb->len;
-		return 0;
-	}
-	if (!anew && is_expired(flow))
+	quick = !anew && state == flow->state && now - flow->seen < tl_hz;
+	if (!quick && !anew && is_expired(flow))
 		return TL_NO_FLOW;
 	flow->packets++;
 	flow->bytes += skb->len;
+	if (quick)
+		return 0;
 	flow->state = state;
 	flow->seen = now;
 	p->flow = *flow;
@@ -589,9 +576,8 @@ static __noinline int begin_flow(struct __sk_buff *skb, struct packet *p, __u32 
 	p->flow.packets = 1;
 	p->flow.bytes = skb->len;
 	reason = keep_other(p);
-	for (int i = 1; i < TL_PORT_TRIES && reason == TL_STALE_REPLY; i++) {
-		if (p->tuple.proto == IPPROTO_SCTP) /* its checksum we cannot mend */
-			break;
+	/* SCTP's checksum we cannot mend */
+	for (int i = 1; i < TL_PORT_TRIES && reason == TL_STALE_REPLY && p->tuple.proto != IPPROTO_SCTP; i++) {
 		hash = mix(hash);
 		p->flow.to.sport = bpf_htons(least + hash % (65536 - least));
 		reason = keep_other(p);
@@ -627,17 +613,16 @@ __inline_always void forget_reply(const struct tl_tuple *t)
 /* The MSS in a SYN becomes what fits through the tunnel: larger segments would be cut up or lost. */
 static __noinline int clamp_mss(struct __sk_buff *skb, const struct packet *p)
 {
-	__u32 key = skb->ifindex, at, most;
+	__u32 key = skb->ifindex, at;
 	struct tl_door *door = bpf_map_lookup_elem(&door_map, &key);
 	__be16 opt[2], new; /* kind and length, the MSS */
 	__u8 doff;
 
 	if (!door || door->mtu < 128 || bpf_skb_load_bytes(skb, p->l4 + 12, &doff, 1))
 		return 0;
-	most = door->mtu - ip_size(p) - sizeof(struct tcphdr);
-	new = bpf_htons(most);
+	new = bpf_htons(door->mtu - ip_size(p) - sizeof(struct tcphdr));
 	at = find_option(skb, p->l4 + sizeof(struct tcphdr), p->l4 + (doff >> 4) * 4, 2);
-	if (!at || bpf_skb_load_bytes(skb, at, opt, 4) || opt[0] != bpf_htons(2 << 8 | 4) || bpf_ntohs(opt[1]) <= most)
+	if (!at || bpf_skb_load_bytes(skb, at, opt, 4) || opt[0] != bpf_htons(2 << 8 | 4) || bpf_ntohs(opt[1]) <= bpf_ntohs(new))
 		return 0;
 	if (bpf_skb_store_bytes(skb, at + 2, &new, 2, 0))
 		return TL_WRITE;
@@ -816,12 +801,10 @@ static __noinline int to_backend(struct __sk_buff *skb, struct packet *p)
 	if (!of || !(of->state & TL_FLOW_SNAT) || !door)
 		return TL_NO_FLOW;
 	p->flow = (struct tl_flow){ .to = p->tuple, .name = of->name, .seed = of->seed };
-	if (p->v6) {
+	p->flow.to.src = door->snat[0];
+	asm volatile("" ::: "memory"); /* or clang makes a pointer of both, which takes CAP_PERFMON */
+	if (p->v6)
 		p->flow.to.src = door->snat[1];
-		asm volatile("" ::: "memory"); /* or clang makes a pointer of both, which takes CAP_PERFMON */
-	} else {
-		p->flow.to.src = door->snat[0];
-	}
 	if (!p->flow.to.src.w[3] && !p->flow.to.src.w[0])
 		return TL_NO_FLOW;
 	if (p->tuple.proto != IPPROTO_SCTP)
@@ -910,12 +893,10 @@ __inline_always int refuse_icmp(struct __sk_buff *skb, struct packet *p)
 	struct icmp6hdr icmp = { .icmp6_type = p->v6 ? ICMPV6_DEST_UNREACH : ICMP_DEST_UNREACH,
 				 .icmp6_code = p->v6 ? ICMPV6_PORT_UNREACH : ICMP_PORT_UNREACH };
 	__u32 check = checksum_offset(p);
-	__u64 n = (__u64)p->end - p->l3; /* 64 bits: the verifier sees the bounds */
+	__u64 sum, n = (__u64)p->end - p->l3; /* 64 bits: the verifier sees the bounds */
 	__u16 partial;
-	__u64 sum;
 
-	if (n > TL_QUOTE)
-		n = TL_QUOTE;
+	n = n > TL_QUOTE ? TL_QUOTE : n;
 	__builtin_memset(p->quote, 0, TL_QUOTE);
 	if (n < sizeof(struct iphdr) || bpf_skb_load_bytes(skb, p->l3, p->quote, n))
 		return -1;
@@ -948,22 +929,19 @@ __inline_always int echo(struct __sk_buff *skb, struct packet *p)
 /* A source that can be written to (RFC 1122 3.2.2.6, RFC 4443 2.4 e). */
 __inline_always bool is_host(const struct packet *p)
 {
-	__be32 v4 = p->tuple.src.w[3];
+	__u32 first = bpf_ntohl(p->v6 ? p->tuple.src.w[0] : p->tuple.src.w[3]);
 
-	if (!p->v6)
-		return v4 && bpf_ntohl(v4) < 0xe0000000 && bpf_ntohl(v4) >> 24 != 127;
-	return p->tuple.src.w[0] != 0 && (p->tuple.src.w[0] & bpf_htonl(0xff000000)) != bpf_htonl(0xff000000);
+	return first && (p->v6 ? first < 0xff000000 : first < 0xe0000000 && first >> 24 != 127);
 }
 
 /* Answers a packet; it is dropped if that is not possible, or was too often. */
 static __noinline int answer(struct __sk_buff *skb, struct packet *p, bool ping)
 {
 	bool plain = p->l4 - p->l3 == ip_size(p) && !p->fragment;
-	__u64 now = bpf_jiffies64();
 	int action = -1;
 
-	if (now - p->answers_since >= tl_hz) {
-		p->answers_since = now;
+	if (bpf_jiffies64() - p->answers_since >= tl_hz) {
+		p->answers_since = bpf_jiffies64();
 		p->n_answers = 0;
 	}
 	if (!is_host(p) || p->n_answers++ >= TL_ANSWERS)
