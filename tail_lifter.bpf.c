@@ -9,31 +9,18 @@
  *  client ◀── to_tailnet (egress) ◀──── pod ▸ client ── conntrack, policies, routes ◀── pod
  *             parse ▸ flow? ▸ rewrite
  *
- * The stack sees client <-> pod in both directions and nothing of the service,
- * so whatever filters or tracks connections there keeps its say. Packets that
- * are not ours go on untouched to whoever is attached after us.
+ * The stack sees client <-> pod in both directions and nothing of the service, so whatever
+ * filters or tracks connections there keeps its say. Packets that are not ours go on untouched
+ * to whoever is attached after us. An ICMP error is found by the packet that it quotes and goes
+ * the same ways.
  *
- * With --snat there are two more doors, at the far edge, on the interfaces towards
- * pods: to_pods (egress) gives requests this node's address and a port of its own,
- * from_pods (ingress) gives replies the client's back. The stack in between sees
- * client <-> pod all the same.
+ * With --snat there are two more doors, at the far edge, on the interfaces towards pods:
+ * to_pods (egress) gives requests this node's address and a port of its own, from_pods
+ * (ingress) gives replies the client's back: the stack in between sees client <-> pod as well.
  *
- * An ICMP error is found by the packet that it quotes and goes the same ways.
- *
- * A packet is parsed once, into struct packet, with both families as 16-byte
- * addresses; behind the parser only the writers ask for the family. Each door
- * exists for links without a link-layer header (TUN) and for Ethernet: one body, which
- * is told where the IP header begins.
- *
- * Maps (tail_lifter.h has their keys and values; the agent writes the first
- * four and the last two, the datapath the others):
- *   svc_map   address, port, protocol -> service        net_map   ranges of addresses
- *   set_map   backends, in chunks                       text_map  names, for --status only
- *   ct_map    flows: a pair of entries each (LRU)       aff_map   session affinity (LRU)
- *   frag_map  ports of fragmented datagrams (LRU)       stat_map  a counter for each reason
- *   door_map  what the agent knows of our interfaces    agent_map its notes, for --status
- *
- * Every packet leaves through open_door(), with a reason out of TL_REASONS.
+ * A packet is parsed once, into struct packet, with both families as 16-byte addresses; behind
+ * the parser only the writers ask for the family. Each door exists for links without a link-layer
+ * header (TUN) and for Ethernet. Each packet leaves by open_door(), with one of TL_REASONS.
  * No CO-RE, kfuncs, bpf_loop, timers or callbacks: it loads on 5.10 without BTF.
  */
 #include <stdbool.h>
@@ -58,10 +45,9 @@ enum { ICMP_ECHOREPLY = 0, ICMP_DEST_UNREACH = 3, ICMP_PORT_UNREACH = 3, ICMP_EC
 
 #define __inline_always static inline __attribute__((always_inline))
 
-/* === configuration ======================================================== */
+/* === configuration and maps =============================================== */
 const volatile __u64 tl_hz = 250; /* jiffies in a second; the agent sets it before loading */
 
-/* === maps ================================================================= */
 #define MAP(name, kind, n, flags, of, holds)       \
 	struct {                                   \
 		__uint(type, BPF_MAP_TYPE_##kind); \
@@ -71,17 +57,19 @@ const volatile __u64 tl_hz = 250; /* jiffies in a second; the agent sets it befo
 		__type(value, holds);              \
 	} name SEC(".maps")
 
+/* The agent writes these, ... */
 MAP(svc_map, HASH, TL_MAX_SERVICES, BPF_F_NO_PREALLOC, struct tl_svc_key, struct tl_svc);
 MAP(set_map, HASH, TL_MAX_CHUNKS, BPF_F_NO_PREALLOC, struct tl_set_key, struct tl_chunk);
 MAP(net_map, LPM_TRIE, TL_MAX_NETS, BPF_F_NO_PREALLOC, struct tl_net_key, __u32);
+MAP(door_map, HASH, TL_MAX_DOORS, 0, __u32, struct tl_door);
+/* ... these for itself, but what the object declares is created, pinned and adopted, ... */
+MAP(text_map, HASH, TL_MAX_TEXTS, BPF_F_NO_PREALLOC, struct tl_text_key, struct tl_text);
+MAP(agent_map, ARRAY, 1, 0, __u32, struct tl_agent);
+/* ... and the datapath these. */
 MAP(ct_map, LRU_HASH, TL_FLOWS, 0, struct tl_tuple, struct tl_flow);
 MAP(aff_map, LRU_HASH, TL_AFFINITIES, 0, struct tl_affinity_key, struct tl_affinity);
 MAP(frag_map, LRU_HASH, TL_FRAGMENTS, 0, struct tl_tuple, struct tl_frag);
-MAP(door_map, HASH, TL_MAX_DOORS, 0, __u32, struct tl_door);
 MAP(stat_map, PERCPU_ARRAY, TL_MAX_REASONS, 0, __u32, __u64);
-/* Unused here, but a map that the object declares is created, pinned and adopted with the others. */
-MAP(text_map, HASH, TL_MAX_TEXTS, BPF_F_NO_PREALLOC, struct tl_text_key, struct tl_text);
-MAP(agent_map, ARRAY, 1, 0, __u32, struct tl_agent);
 
 /* === reasons ============================================================== */
 __inline_always void count(enum tl_reason reason)
@@ -104,10 +92,9 @@ __inline_always enum fate fate_of(enum tl_reason reason)
 }
 
 /* === packet and parse =====================================================
- * What is known of the packet at hand is kept in a map, not on the stack: the
- * stack has 512 bytes, and the verifier, which knows nothing of what a map
- * holds, walks the rest of the program once and not for each way through the
- * parser. Per CPU is enough: nothing interrupts a tc program with another one. */
+ * What is known of the packet at hand is kept in a map, not on the stack: the stack has 512 bytes,
+ * and the verifier, which knows nothing of what a map holds, walks what follows once and not for
+ * each way through the parser. Per CPU is enough: nothing interrupts a tc program with another. */
 struct packet {
 	struct tl_tuple tuple; /* of the outermost IP header; ports 0 until parse_ports */
 	__u32 l3, l4, end;     /* offsets of the IP header, of what it carries, of its end */
@@ -141,11 +128,9 @@ __inline_always bool is_syn(const struct packet *p)
 	return (p->tcp & (SYN | ACK)) == SYN;
 }
 
-__inline_always void map_v4(struct tl_addr *a, __be32 v4)
+__inline_always struct tl_addr mapped(__be32 v4)
 {
-	a->w[0] = a->w[1] = 0;
-	a->w[2] = bpf_htonl(0xffff);
-	a->w[3] = v4;
+	return (struct tl_addr){ { 0, 0, bpf_htonl(0xffff), v4 } };
 }
 
 __inline_always bool is_mapped(const struct tl_addr *a)
@@ -153,23 +138,14 @@ __inline_always bool is_mapped(const struct tl_addr *a)
 	return !a->w[0] && !a->w[1] && a->w[2] == bpf_htonl(0xffff);
 }
 
-/* Where the packet ends, by its own length. Only a GSO packet may be longer than
- * that field can say; then it says 0 (BIG TCP). */
-__inline_always void parse_end(struct __sk_buff *skb, struct packet *p, __u32 len)
-{
-	p->end = len || skb->len - p->l3 <= 0xffff ? p->l3 + len : skb->len;
-}
-
-/* Where, from `at` to `end`, is the option of this kind (of IPv4 or TCP, which write them alike)?
- * 0: nowhere, or behind TL_OPTIONS others. */
-static __attribute__((noinline)) int find_option(struct __sk_buff *skb, __u32 at, __u32 end, __u8 kind)
+/* Where is IPv4's or TCP's option of this kind? 0: nowhere, or behind TL_OPTIONS others. */
+static __noinline int find_option(struct __sk_buff *skb, __u32 at, __u32 end, __u8 kind)
 {
 	__u8 opt[2];
 
 	for (int i = 0; i < TL_OPTIONS; i++, at += opt[0] == 1 ? 1 : opt[1]) { /* 1: NOP, a byte alone */
-		if (at + sizeof(opt) > end || bpf_skb_load_bytes(skb, at, opt, sizeof(opt)) || !opt[0])
-			return 0;
-		if (opt[0] != 1 && (opt[1] < 2 || at + opt[1] > end))
+		if (at + sizeof(opt) > end || bpf_skb_load_bytes(skb, at, opt, sizeof(opt)) || !opt[0] ||
+		    (opt[0] != 1 && (opt[1] < 2 || at + opt[1] > end)))
 			return 0;
 		if (opt[0] == kind)
 			return at;
@@ -177,45 +153,37 @@ static __attribute__((noinline)) int find_option(struct __sk_buff *skb, __u32 at
 	return 0;
 }
 
-/* Has it a source route that is not used up? Then this is not its destination, and its
- * transport's checksum is over another. */
-__inline_always bool is_on_the_way(struct __sk_buff *skb, __u32 at, __u32 end)
-{
-	__u32 loose = find_option(skb, at, end, 131), strict = find_option(skb, at, end, 137);
-	__u8 opt[3]; /* kind, length, pointer: behind the length when it is used up */
-
-	at = loose ? loose : strict;
-	return at && !bpf_skb_load_bytes(skb, at, opt, sizeof(opt)) && opt[2] <= opt[1];
-}
-
 __inline_always int parse_v4(struct __sk_buff *skb, struct packet *p, const struct iphdr *ip)
 {
-	__u32 ihl = ip->ihl * 4, frag = bpf_ntohs(ip->frag_off) & 0x3fff;
+	__u32 ihl = ip->ihl * 4, frag = bpf_ntohs(ip->frag_off) & 0x3fff, options = p->l3 + sizeof(*ip), at;
+	__u8 route[3]; /* kind, length, pointer: behind the length when it is used up */
 
 	if (ihl < sizeof(*ip))
 		return TL_MALFORMED;
-	parse_end(skb, p, bpf_ntohs(ip->tot_len));
-	map_v4(&p->tuple.src, ip->saddr);
-	map_v4(&p->tuple.dst, ip->daddr);
+	p->tuple.src = mapped(ip->saddr);
+	p->tuple.dst = mapped(ip->daddr);
 	p->tuple.proto = ip->protocol;
 	p->l4 = p->l3 + ihl;
+	p->end = p->l3 + bpf_ntohs(ip->tot_len);
 	p->check = ip->check;
-	p->odd = ihl > sizeof(*ip) && is_on_the_way(skb, p->l3 + sizeof(*ip), p->l4);
 	p->frag_id = ip->id;
 	p->fragment = frag;
 	p->later = frag & 0x1fff;
+	if (ihl == sizeof(*ip))
+		return 0;
+	at = find_option(skb, options, p->l4, 131); /* a source route that is not used up: */
+	at = at ? at : find_option(skb, options, p->l4, 137); /* this is not its destination */
+	p->odd = at && !bpf_skb_load_bytes(skb, at, route, sizeof(route)) && route[2] <= route[1];
 	return 0;
 }
 
 __inline_always bool is_extension(__u8 proto)
 {
-	return proto == IPPROTO_HOPOPTS || proto == IPPROTO_ROUTING || proto == IPPROTO_DSTOPTS ||
-	       proto == IPPROTO_FRAGMENT;
+	return proto == IPPROTO_HOPOPTS || proto == IPPROTO_ROUTING || proto == IPPROTO_DSTOPTS || proto == IPPROTO_FRAGMENT;
 }
 
-/* Walks the extension headers, at most TL_EXTENSIONS of them (RFC 8200, 4.1
- * allows each once, destination options twice). What cannot be walked leaves
- * the packet odd: whether that matters depends on whom it is for. */
+/* Walks at most TL_EXTENSIONS extension headers (RFC 8200, 4.1 allows each once, one of them twice).
+ * What cannot be walked leaves the packet odd: whether that matters depends on whom it is for. */
 __inline_always int parse_v6(struct __sk_buff *skb, struct packet *p, const struct ipv6hdr *ip)
 {
 	struct {
@@ -226,17 +194,14 @@ __inline_always int parse_v6(struct __sk_buff *skb, struct packet *p, const stru
 	__u8 next = ip->nexthdr;
 	__u32 l4 = p->l3 + sizeof(*ip);
 
-	__builtin_memcpy(&p->tuple.src, &ip->saddr, 16);
-	__builtin_memcpy(&p->tuple.dst, &ip->daddr, 16);
+	__builtin_memcpy(&p->tuple, &ip->saddr, 32);
 	if (is_mapped(&p->tuple.src) || is_mapped(&p->tuple.dst))
 		return TL_MALFORMED; /* would alias an IPv4 service */
 	p->v6 = true;
-	parse_end(skb, p, ip->payload_len ? sizeof(*ip) + bpf_ntohs(ip->payload_len) : 0);
-	for (int i = 0; i < TL_EXTENSIONS && is_extension(next); i++) {
-		if (bpf_skb_load_bytes(skb, l4, &ext, sizeof(ext))) {
-			p->odd = true;
+	p->end = ip->payload_len ? l4 + bpf_ntohs(ip->payload_len) : p->l3;
+	for (int i = 0; i < TL_EXTENSIONS && is_extension(next) && !p->later; i++) {
+		if (bpf_skb_load_bytes(skb, l4, &ext, sizeof(ext)))
 			break;
-		}
 		if (next == IPPROTO_FRAGMENT) {
 			p->frag_id = ext.id;
 			p->fragment = ext.offset & bpf_htons(0xfff9);
@@ -247,8 +212,6 @@ __inline_always int parse_v6(struct __sk_buff *skb, struct packet *p, const stru
 			l4 += (ext.len + 1) * 8;
 		}
 		next = ext.next;
-		if (p->later)
-			break;
 	}
 	p->odd |= !p->later && is_extension(next);
 	p->tuple.proto = next;
@@ -256,9 +219,8 @@ __inline_always int parse_v6(struct __sk_buff *skb, struct packet *p, const stru
 	return 0;
 }
 
-/* Another network's, another host's? On a link without Ethernet header
- * skb->protocol is not asked: the version nibble says the same and is there in
- * BPF_PROG_TEST_RUN too. */
+/* Another network's, another host's? On a link without Ethernet header skb->protocol is not asked:
+ * the version nibble says the same and is there in BPF_PROG_TEST_RUN too. */
 __inline_always bool is_foreign(const struct __sk_buff *skb, __u32 l3)
 {
 	return l3 && (skb->vlan_present || skb->pkt_type == PACKET_OTHERHOST ||
@@ -266,53 +228,48 @@ __inline_always bool is_foreign(const struct __sk_buff *skb, __u32 l3)
 }
 
 /* Fills *p down to the transport's offset; 0, or the reason to pass. */
-static __attribute__((noinline)) int parse_ip(struct __sk_buff *skb, struct packet *p, __u32 l3, __u8 dir)
+static __noinline int parse_ip(struct __sk_buff *skb, struct packet *p, __u32 l3, __u8 dir)
 {
-	union {
-		struct iphdr v4;
-		struct ipv6hdr v6;
-	} ip;
+	struct ipv6hdr v6;
+	struct iphdr *v4 = (struct iphdr *)&v6;
+	int reason;
 
 	__builtin_memset(p, 0, __builtin_offsetof(struct packet, flow));
 	p->l3 = l3;
 	p->tuple.dir = dir;
-	if (bpf_skb_load_bytes(skb, l3, &ip, sizeof(ip.v4)))
+	if (bpf_skb_load_bytes(skb, l3, v4, sizeof(*v4)) || (v4->version != 4 && v4->version != 6))
 		return TL_NOT_IP;
-	if (ip.v4.version == 4)
-		return parse_v4(skb, p, &ip.v4);
-	if (ip.v4.version != 6)
-		return TL_NOT_IP;
-	if (bpf_skb_load_bytes(skb, l3, &ip.v6, sizeof(ip.v6)))
-		return TL_MALFORMED;
-	return parse_v6(skb, p, &ip.v6);
+	if (v4->version == 4)
+		reason = parse_v4(skb, p, v4);
+	else
+		reason = bpf_skb_load_bytes(skb, l3, &v6, sizeof(v6)) ? TL_MALFORMED : parse_v6(skb, p, &v6);
+	if (p->end == l3 && skb->len - l3 > 0xffff) /* BIG TCP: longer than the field can say, which is 0 */
+		p->end = skb->len;
+	return reason;
 }
 
 /* The same fragments in the same direction: address pair, protocol, IP id. */
-__inline_always void fragment_key(const struct packet *p, struct tl_tuple *key)
+__inline_always struct tl_tuple fragment_key(const struct packet *p)
 {
-	*key = p->tuple;
-	__builtin_memcpy(&key->sport, &p->frag_id, 4);
-	if (p->v6)
-		key->proto = 0; /* RFC 8200: an id stands without protocol */
+	__u8 proto = p->v6 ? 0 : p->tuple.proto; /* RFC 8200: an id stands without protocol */
+
+	return (struct tl_tuple){ p->tuple.src, p->tuple.dst, p->frag_id, p->frag_id >> 16, proto, p->tuple.dir, 0 };
 }
 
 __inline_always void remember_fragment(const struct packet *p)
 {
 	struct tl_frag first = { p->tuple.sport, p->tuple.dport, bpf_jiffies64(), p->tuple.proto };
-	struct tl_tuple key;
+	struct tl_tuple key = fragment_key(p);
 
-	fragment_key(p, &key);
 	bpf_map_update_elem(&frag_map, &key, &first, BPF_ANY);
 }
 
 /* Of a later fragment: what its first one left, if that was lately: ids come again. */
 __inline_always bool know_fragment(struct packet *p)
 {
-	struct tl_frag *first;
-	struct tl_tuple key;
+	struct tl_tuple key = fragment_key(p);
+	struct tl_frag *first = bpf_map_lookup_elem(&frag_map, &key);
 
-	fragment_key(p, &key);
-	first = bpf_map_lookup_elem(&frag_map, &key);
 	if (!first || (__u32)bpf_jiffies64() - first->seen > TL_FRAGMENT_LIFE * (__u32)tl_hz)
 		return false;
 	p->tuple.sport = first->sport;
@@ -321,8 +278,7 @@ __inline_always bool know_fragment(struct packet *p)
 	return true;
 }
 
-/* Completes the tuple; 0, or why it cannot be. TCP, UDP and SCTP all begin with
- * the two ports. */
+/* Completes the tuple; 0, or why it cannot be. TCP, UDP and SCTP all begin with the two ports. */
 __inline_always int parse_ports(struct __sk_buff *skb, struct packet *p)
 {
 	struct {
@@ -344,8 +300,7 @@ __inline_always int parse_ports(struct __sk_buff *skb, struct packet *p)
 		return TL_BAD_HEADER;
 	p->tuple.sport = head.sport;
 	p->tuple.dport = head.dport;
-	if (tcp)
-		p->tcp = head.flags;
+	p->tcp = tcp ? head.flags : 0;
 	return 0;
 }
 
@@ -362,9 +317,8 @@ __inline_always int icmp_type(struct __sk_buff *skb, const struct packet *p)
 
 __inline_always bool is_error(const struct packet *p, int type)
 {
-	if (p->v6)
-		return type >= ICMPV6_DEST_UNREACH && type <= ICMPV6_PARAMPROB;
-	return type == ICMP_DEST_UNREACH || type == ICMP_TIME_EXCEEDED || type == ICMP_PARAMETERPROB;
+	return p->v6 ? type >= ICMPV6_DEST_UNREACH && type <= ICMPV6_PARAMPROB :
+		       type == ICMP_DEST_UNREACH || type == ICMP_TIME_EXCEEDED || type == ICMP_PARAMETERPROB;
 }
 
 /* === writing ============================================================== */
@@ -376,22 +330,15 @@ __inline_always __u16 fold(__u64 sum)
 	return (sum >> 16) + (sum & 0xffff);
 }
 
-/* Where the transport's checksum is; 0: it has none that covers addresses
- * (SCTP's CRC does not, and its ports are never changed). */
+/* Where the transport's checksum is; 0: it covers neither addresses nor ports that change (SCTP). */
 __inline_always __u32 checksum_offset(const struct packet *p)
 {
-	switch (p->tuple.proto) {
-	case IPPROTO_TCP:
+	if (p->tuple.proto == IPPROTO_TCP)
 		return p->l4 + __builtin_offsetof(struct tcphdr, check);
-	case IPPROTO_UDP:
-		return p->l4 + __builtin_offsetof(struct udphdr, check);
-	default:
-		return 0;
-	}
+	return p->tuple.proto == IPPROTO_UDP ? p->l4 + __builtin_offsetof(struct udphdr, check) : 0;
 }
 
-/* Addresses. BPF_F_PSEUDO_HDR because they are in the pseudo-header, which is all that
- * the checksum field of a CHECKSUM_PARTIAL packet holds. */
+/* Addresses are in the pseudo-header, which is all that a CHECKSUM_PARTIAL packet's field holds. */
 __inline_always int write_addresses(struct __sk_buff *skb, struct packet *p, const struct tl_tuple *to, __u32 check,
 				    __u64 flags)
 {
@@ -414,8 +361,7 @@ __inline_always int write_addresses(struct __sk_buff *skb, struct packet *p, con
 	return bpf_skb_store_bytes(skb, p->l3 + 10, &v4.check, 10, 0);
 }
 
-/* Ports, apart from the addresses: they are not in the pseudo-header, and with
- * CHECKSUM_PARTIAL the field must not know of them. */
+/* Ports are not, and with CHECKSUM_PARTIAL the field must not know of them. */
 __inline_always int write_ports(struct __sk_buff *skb, struct packet *p, const struct tl_tuple *to, __u32 check,
 				__u64 flags)
 {
@@ -454,38 +400,26 @@ __inline_always int reason_without_service(const struct packet *p)
 	struct tl_svc_key address = { .addr = p->tuple.dst };
 	struct tl_net_key net = { 64 + 128, { 0, 0 }, p->tuple.dst };
 
-	if (bpf_map_lookup_elem(&svc_map, &address))
-		return TL_NO_PORT;
-	return bpf_map_lookup_elem(&net_map, &net) ? TL_NO_SERVICE : TL_NOT_SERVED;
+	return bpf_map_lookup_elem(&svc_map, &address) ? TL_NO_PORT :
+	       bpf_map_lookup_elem(&net_map, &net) ? TL_NO_SERVICE : TL_NOT_SERVED;
 }
 
-__inline_always struct tl_svc *service_of(const struct packet *p)
+__inline_always bool source_allowed(const struct packet *p, __u64 name)
 {
-	struct tl_svc_key key = { p->tuple.dst, p->tuple.dport, p->tuple.proto, 0 };
+	struct tl_net_key net = { 64 + 128, { name, name >> 32 }, p->tuple.src };
 
-	return bpf_map_lookup_elem(&svc_map, &key);
+	return bpf_map_lookup_elem(&net_map, &net);
 }
 
-__inline_always bool source_allowed(const struct packet *p, const struct tl_svc *svc)
-{
-	struct tl_net_key net = { 64 + 128, { svc->name, svc->name >> 32 }, p->tuple.src };
-
-	return !(svc->flags & TL_SVC_SOURCES) || bpf_map_lookup_elem(&net_map, &net);
-}
-
-/* Rendezvous hashing (Thaler, Ravishankar 1998): every backend draws a number
- * for this client tuple, the highest wins. When one of N backends comes or goes
- * only its own 1/N of the flows move, the shares are even, no table is kept,
- * and a node that has lost everything chooses the same again. Hash and seeds
- * are well mixed, so one multiplication is enough to draw. Returns the winner's
- * place in the set, -1 if the set is not there.
+/* Rendezvous hashing (Thaler, Ravishankar 1998): every backend draws a number for this client tuple,
+ * the highest wins. When one of N backends comes or goes only its own 1/N of the flows move, the
+ * shares are even, no table is kept, and a node that has lost everything chooses the same again.
+ * Hash and seeds are well mixed, so one multiplication draws. The winner's place in the set, or -1.
  *
- * For the verifier the inner loop has no branch (it gives up on a path with 8192
- * of them): the agent fills the last chunk with repetitions, and comparisons are
- * arithmetic on numbers below 2^63, whose last bits are the place in the set. It is
- * global and takes numbers only, so that it is walked once and not for every state it
- * is called in. */
-__attribute__((noinline)) int choose(__u64 set, __u32 n, __u64 hash)
+ * For the verifier the inner loop has no branch (it gives up on a path with 8192 of them): the agent
+ * fills the last chunk with repetitions, and comparisons are arithmetic on numbers below 2^63, whose
+ * last bits are the place. It is global and takes numbers only, so it is walked once. */
+__noinline int choose(__u64 set, __u32 n, __u64 hash)
 {
 	struct tl_set_key key = { .set = set };
 	__u64 best = 0, draw, lower;
@@ -507,7 +441,6 @@ __attribute__((noinline)) int choose(__u64 set, __u32 n, __u64 hash)
 	return best % TL_MAX_BACKENDS;
 }
 
-/* Its seed too. */
 __inline_always struct tl_backend *backend_at(const struct tl_svc *svc, __u32 place, __u64 *seed)
 {
 	struct tl_set_key key = { .set = svc->set, .chunk = place / TL_CHUNK };
@@ -520,8 +453,8 @@ __inline_always struct tl_backend *backend_at(const struct tl_svc *svc, __u32 pl
 	return &chunk->at[place % TL_CHUNK];
 }
 
-/* The backend for a new flow: `prefer` (a seed, 0: none) if it is in the set,
- * before it what affinity says, else by hash; NULL: *reason says why none. */
+/* The backend for a new flow: `prefer` (a seed, 0: none) if it is in the set, before it what
+ * affinity says, else by hash; NULL: *reason says why none. */
 __inline_always struct tl_backend *backend_for(const struct packet *p, const struct tl_svc *svc,
 					       __u64 prefer, __u64 *seed, int *reason)
 {
@@ -550,8 +483,7 @@ __inline_always struct tl_backend *backend_for(const struct packet *p, const str
 }
 
 /* === flows ================================================================ */
-/* The same the other way: what the far side sends. So a flow's other half has the key
- * turned(to), and becomes the turned key. */
+/* What the far side sends. A flow's other half has the key turned(to), and becomes the turned key. */
 __inline_always struct tl_tuple turned(const struct tl_tuple *t)
 {
 	return (struct tl_tuple){ t->dst, t->src, t->dport, t->sport, t->proto, t->dir ^ 1, 0 };
@@ -573,41 +505,37 @@ __inline_always bool is_expired(const struct tl_flow *flow)
 	return (__s64)(bpf_jiffies64() - flow->seen) > (__s64)(tl_flow_idle(flow->to.proto, flow->state) * tl_hz);
 }
 
-/* Writes the other half of `flow` unless it is there; 0, TL_FLOW_HEALED if it
- * had to be written, TL_STALE_REPLY if its place belongs to another flow,
- * TL_FLOW_TABLE if it could not be written. What is written may take the place in
- * memory of any flow that others looked up before. */
-static __attribute__((noinline)) int keep_other(const struct tl_tuple *t, const struct tl_flow *flow)
+/* Writes the other half of p->flow, p->tuple's, unless it is there; 0, TL_FLOW_HEALED if it had to
+ * be written, TL_STALE_REPLY if its place belongs to another flow, TL_FLOW_TABLE if it could not be
+ * written. What is written may take the place in memory of any flow that others looked up before. */
+static __noinline int keep_other(const struct packet *p)
 {
+	const struct tl_flow *flow = &p->flow;
 	struct tl_tuple key = turned(&flow->to);
-	struct tl_flow *there, other = { .to = turned(t), .name = flow->name, .seed = flow->seed, .seen = flow->seen,
-					 .state = flow->state };
+	struct tl_flow *there = bpf_map_lookup_elem(&ct_map, &key),
+		       other = { turned(&p->tuple), flow->state, 0, flow->seen, flow->name, flow->seed, 0, 0 };
 
-	there = bpf_map_lookup_elem(&ct_map, &key);
 	if (!there && !bpf_map_update_elem(&ct_map, &key, &other, BPF_NOEXIST))
 		return TL_FLOW_HEALED;
 	if (!there) /* another CPU was faster, or the table is full */
 		there = bpf_map_lookup_elem(&ct_map, &key);
-	if (!there)
-		return TL_FLOW_TABLE;
-	if (!same_tuple(&there->to, &other.to)) {
-		if (!is_expired(there))
-			return TL_STALE_REPLY;
-		return bpf_map_update_elem(&ct_map, &key, &other, BPF_ANY) ? TL_FLOW_TABLE : TL_FLOW_HEALED;
+	if (there && same_tuple(&there->to, &other.to)) {
+		there->seen = flow->seen;
+		there->state = flow->state;
+		return 0;
 	}
-	there->seen = flow->seen;
-	there->state = flow->state;
-	return 0;
+	if (there && !is_expired(there))
+		return TL_STALE_REPLY;
+	return !there || bpf_map_update_elem(&ct_map, &key, &other, BPF_ANY) ? TL_FLOW_TABLE : TL_FLOW_HEALED;
 }
 
-/* Accounts for a packet of a known flow, or one that begins `anew`, and when the flow's
- * state changes, and once a second, looks after its other half, so that neither is evicted
- * while the flow is in use and a lost one returns (invariant 4). 0, or why the flow is no
- * longer good; *flow is then where to read on: not in the map, which may have lost it. */
+/* Accounts for a packet of a known flow, or one that begins `anew`, and when its state changes, and
+ * once a second, looks after its other half, so that neither is evicted while it is in use and a lost
+ * one returns (invariant 4). 0, or why the flow is no longer good; *at is then where to read on. */
 __inline_always int use_flow(struct __sk_buff *skb, struct packet *p, struct tl_flow **at, bool anew)
 {
 	struct tl_flow *flow = *at;
-	bool back = p->tuple.dir & 1;
+	bool back = p->tuple.dir & 1, quick;
 	__u32 was = anew ? flow->state & TL_FLOW_SNAT : flow->state,
 	      state = was | (p->tcp & RST ? TL_FLOW_RST : 0) |
 		      (back ? TL_FLOW_ANSWERED : was & TL_FLOW_ANSWERED ? TL_FLOW_OPEN : 0) |
@@ -615,19 +543,17 @@ __inline_always int use_flow(struct __sk_buff *skb, struct packet *p, struct tl_
 	__u64 now = bpf_jiffies64();
 	int reason;
 
-	if (state == flow->state && now - flow->seen < tl_hz && !anew) {
-		flow->packets++;
-		flow->bytes += skb->len;
-		return 0;
-	}
-	if (!anew && is_expired(flow))
+	quick = !anew && state == flow->state && now - flow->seen < tl_hz;
+	if (!quick && !anew && is_expired(flow))
 		return TL_NO_FLOW;
 	flow->packets++;
 	flow->bytes += skb->len;
+	if (quick)
+		return 0;
 	flow->state = state;
 	flow->seen = now;
 	p->flow = *flow;
-	reason = keep_other(&p->tuple, &p->flow);
+	reason = keep_other(p);
 	if (reason == TL_STALE_REPLY)
 		flow->seen = 0; /* asked again, it says the same */
 	if (reason == TL_STALE_REPLY || (reason == TL_FLOW_TABLE && !back))
@@ -638,40 +564,32 @@ __inline_always int use_flow(struct __sk_buff *skb, struct packet *p, struct tl_
 	return 0;
 }
 
-/* Writes both halves of a new flow, whose *flow is filled but for what is counted,
- * the reply's first: a request never goes out before its reply can come back. If
- * the reply's place is taken, by the same client port talking to the same backend
- * through another service, this flow gets another source port (invariant 3), not
- * below `least`. 0 or a reason. */
-static __attribute__((noinline)) int begin_flow(const struct tl_tuple *t, struct tl_flow *flow, __u32 len,
-						__u32 least)
+/* Writes both halves of a new flow, p->flow, the reply's first: a request never goes out before its
+ * reply can come back. If that one's place is taken, by the same client port talking to the same
+ * backend through another service, this flow gets another source port (invariant 3), from `least`. */
+static __noinline int begin_flow(struct __sk_buff *skb, struct packet *p, __u32 least)
 {
-	__u64 hash = hash_tuple(t);
+	__u64 hash = hash_tuple(&p->tuple);
 	int reason;
 
-	flow->seen = bpf_jiffies64();
-	flow->packets = 1;
-	flow->bytes = len;
-	for (int i = 0; i < TL_PORT_TRIES; i++) {
-		reason = keep_other(t, flow);
-		if (reason != TL_STALE_REPLY)
-			break;
-		if (t->proto == IPPROTO_SCTP) /* its checksum we cannot mend */
-			return TL_NO_SOURCE_PORT;
+	p->flow.seen = bpf_jiffies64();
+	p->flow.packets = 1;
+	p->flow.bytes = skb->len;
+	reason = keep_other(p);
+	/* SCTP's checksum we cannot mend */
+	for (int i = 1; i < TL_PORT_TRIES && reason == TL_STALE_REPLY && p->tuple.proto != IPPROTO_SCTP; i++) {
 		hash = mix(hash);
-		flow->to.sport = bpf_htons(least + hash % (65536 - least));
+		p->flow.to.sport = bpf_htons(least + hash % (65536 - least));
+		reason = keep_other(p);
 	}
 	if (reason == TL_STALE_REPLY)
 		return TL_NO_SOURCE_PORT;
-	if (reason == TL_FLOW_TABLE || bpf_map_update_elem(&ct_map, t, flow, BPF_ANY))
-		return TL_FLOW_TABLE;
-	return 0;
+	return reason == TL_FLOW_TABLE || bpf_map_update_elem(&ct_map, &p->tuple, &p->flow, BPF_ANY) ? TL_FLOW_TABLE : 0;
 }
 
-/* A flow that is over or whose backend has left the service, met by a SYN: the
- * old pair goes, so that its replies cannot be taken for the new one's. What has
- * its other half's place may be another flow's. */
-__inline_always void forget_flow(const struct tl_tuple *t, const struct tl_flow *flow)
+/* Whose backend has left, or that is over: the pair goes, or its replies would be taken for the new
+ * one's. What has the other half's place may be another flow's. */
+static __noinline void forget_flow(const struct tl_tuple *t, const struct tl_flow *flow)
 {
 	struct tl_tuple key = turned(&flow->to), to = turned(t);
 	struct tl_flow *there = bpf_map_lookup_elem(&ct_map, &key);
@@ -681,41 +599,46 @@ __inline_always void forget_flow(const struct tl_tuple *t, const struct tl_flow 
 	bpf_map_delete_elem(&ct_map, t);
 }
 
-/* === translation ========================================================== */
-/* The MSS in a SYN becomes what fits through the tunnel, if it is more: segments
- * that do not fit would be cut up or lost. */
-static __attribute__((noinline)) int clamp_mss(struct __sk_buff *skb, const struct packet *p)
+/* Nor for what the pod itself is asked, from a port whose flow is over. */
+__inline_always void forget_reply(const struct tl_tuple *t)
 {
-	__u32 key = skb->ifindex, at, most;
+	struct tl_tuple key = turned(t);
+	struct tl_flow *flow = bpf_map_lookup_elem(&ct_map, &key);
+
+	if (flow && flow->state & TL_FLOW_CLOSED)
+		bpf_map_delete_elem(&ct_map, &key);
+}
+
+/* === translation ========================================================== */
+/* The MSS in a SYN becomes what fits through the tunnel: larger segments would be cut up or lost. */
+static __noinline int clamp_mss(struct __sk_buff *skb, const struct packet *p)
+{
+	__u32 key = skb->ifindex, at;
 	struct tl_door *door = bpf_map_lookup_elem(&door_map, &key);
-	__be16 old, new;
-	__u8 opt[4], doff;
+	__be16 opt[2], new; /* kind and length, the MSS */
+	__u8 doff;
 
 	if (!door || door->mtu < 128 || bpf_skb_load_bytes(skb, p->l4 + 12, &doff, 1))
 		return 0;
-	most = door->mtu - ip_size(p) - sizeof(struct tcphdr);
+	new = bpf_htons(door->mtu - ip_size(p) - sizeof(struct tcphdr));
 	at = find_option(skb, p->l4 + sizeof(struct tcphdr), p->l4 + (doff >> 4) * 4, 2);
-	if (!at || bpf_skb_load_bytes(skb, at, opt, sizeof(opt)) || opt[1] != sizeof(opt) ||
-	    (__u32)(opt[2] << 8 | opt[3]) <= most)
+	if (!at || bpf_skb_load_bytes(skb, at, opt, 4) || opt[0] != bpf_htons(2 << 8 | 4) || bpf_ntohs(opt[1]) <= bpf_ntohs(new))
 		return 0;
-	old = bpf_htons(opt[2] << 8 | opt[3]);
-	new = bpf_htons(most);
 	if (bpf_skb_store_bytes(skb, at + 2, &new, 2, 0))
 		return TL_WRITE;
 	if ((at - p->l4) & 1) { /* it lies across two words of the sum */
-		old = old << 8 | old >> 8;
+		opt[1] = opt[1] << 8 | opt[1] >> 8;
 		new = new << 8 | new >> 8;
 	}
-	if (bpf_l4_csum_replace(skb, checksum_offset(p), old, new, 2))
+	if (bpf_l4_csum_replace(skb, checksum_offset(p), opt[1], new, 2))
 		return TL_WRITE;
 	count(TL_MSS_CLAMPED);
 	return 0;
 }
 
-/* Makes the packet what *to says, and remembers it if it is the first of its fragments;
- * `done` or why not. A UDP checksum of 0 means none and stays, one that becomes 0 is sent
- * as 0xffff (RFC 768, RFC 8200 8.1). */
-static __attribute__((noinline)) int translate(struct __sk_buff *skb, struct packet *p, const struct tl_tuple *to,
+/* Makes the packet what *to says; `done` or why not. A UDP checksum of 0 means none and stays, one
+ * that becomes 0 is sent as 0xffff (RFC 768, RFC 8200 8.1). */
+static __noinline int translate(struct __sk_buff *skb, struct packet *p, const struct tl_tuple *to,
 					       int done)
 {
 	__u32 check = p->later ? 0 : checksum_offset(p);
@@ -730,14 +653,12 @@ static __attribute__((noinline)) int translate(struct __sk_buff *skb, struct pac
 	return done;
 }
 
-/* An error quotes the packet it is about, whose flow goes the other way: the quote,
- * turned around, is a packet of the flow that the error travels along. The addresses
- * outside become what they would for such a packet, and the quote what its receiver
- * has sent. The source may be a router, whose address stays, but not towards the
- * client: who may send it what is known by address (AllowedIPs). Checksums inside
- * are mended too; then that of the ICMP message only changes for what they do not
- * cover. 0 if it is about no flow of ours. */
-static __attribute__((noinline)) int icmp_error(struct __sk_buff *skb, struct packet *p)
+/* An error quotes the packet it is about, whose flow goes the other way: the quote, turned around, is
+ * of the flow that the error travels along. The addresses outside become what they would for such a
+ * packet, and the quote what its receiver has sent. A router's address stays as the source, but not
+ * towards the client: who may send it what is known by address (AllowedIPs). Checksums inside are
+ * mended; the ICMP message's then changes only for what they do not cover. 0: about no flow of ours. */
+static __noinline int icmp_error(struct __sk_buff *skb, struct packet *p)
 {
 	__u32 which = QUOTED, check, icmp_check = p->l4 + __builtin_offsetof(struct icmp6hdr, icmp6_cksum);
 	struct packet *q = bpf_map_lookup_elem(&packet_map, &which);
@@ -783,34 +704,21 @@ __inline_always int without_ports(struct __sk_buff *skb, struct packet *p, int o
 }
 
 /* === directions =========================================================== */
-/* A client begins to talk to a pod itself. If the same ports were a flow's, which is over, the
- * pod's answers are that one's no longer. */
-__inline_always void forget_reply(const struct packet *p)
-{
-	struct tl_tuple key = turned(&p->tuple);
-	struct tl_flow *flow = bpf_map_lookup_elem(&ct_map, &key);
-
-	if (flow && flow->state & TL_FLOW_CLOSED)
-		bpf_map_delete_elem(&ct_map, &key);
-}
-
-/* A request without a flow, or a SYN, which asks anew: a flow whose backend is
- * still in the set and that nobody closed stays where it is (the SYN came
- * twice), any other is replaced. */
-__inline_always int new_request(struct __sk_buff *skb, struct packet *p, struct tl_flow *old)
+/* A request without a flow, or a SYN, which asks anew: a flow whose backend is still in the set and
+ * that nobody closed stays where it is (the SYN came twice), any other is replaced. */
+static __noinline int new_request(struct __sk_buff *skb, struct packet *p, struct tl_flow *old)
 {
 	__u64 prefer = old && !(old->state & TL_FLOW_CLOSED) ? old->seed : 0, seed = 0;
-	struct tl_svc *svc = service_of(p);
+	struct tl_svc_key key = { p->tuple.dst, p->tuple.dport, p->tuple.proto, 0 };
+	struct tl_svc *svc = bpf_map_lookup_elem(&svc_map, &key);
 	struct tl_backend *backend;
 	int reason = 0;
 
-	if (!svc) {
-		reason = reason_without_service(p);
-		if (reason == TL_NOT_SERVED && is_syn(p))
-			forget_reply(p);
-		return reason;
-	}
-	if (!source_allowed(p, svc))
+	if (!svc && is_syn(p)) /* perhaps to a pod itself, from a port that has used a service */
+		forget_reply(&p->tuple);
+	if (!svc)
+		return reason_without_service(p);
+	if (svc->flags & TL_SVC_SOURCES && !source_allowed(p, svc->name))
 		return TL_SOURCE;
 	backend = backend_for(p, svc, prefer, &seed, &reason);
 	if (!backend)
@@ -819,10 +727,13 @@ __inline_always int new_request(struct __sk_buff *skb, struct packet *p, struct 
 		return translate(skb, p, &old->to, TL_REQUEST_SENT);
 	if (old)
 		forget_flow(&p->tuple, old);
-	p->flow = (struct tl_flow){ .to = { p->tuple.src, backend->addr, p->tuple.sport, backend->port, p->tuple.proto, 0, 0 },
-				    .state = backend->flags & TL_BACKEND_SNAT ? TL_FLOW_SNAT : 0,
-				    .name = svc->name, .seed = seed };
-	reason = begin_flow(&p->tuple, &p->flow, skb->len, 1024);
+	p->flow.to = p->tuple;
+	p->flow.to.dst = backend->addr;
+	p->flow.to.dport = backend->port;
+	p->flow.state = backend->flags & TL_BACKEND_SNAT ? TL_FLOW_SNAT : 0;
+	p->flow.name = svc->name;
+	p->flow.seed = seed;
+	reason = begin_flow(skb, p, 1024);
 	if (reason)
 		return reason;
 	count(TL_FLOW_NEW);
@@ -831,7 +742,7 @@ __inline_always int new_request(struct __sk_buff *skb, struct packet *p, struct 
 	return translate(skb, p, &p->flow.to, TL_REQUEST_SENT);
 }
 
-static __attribute__((noinline)) int request(struct __sk_buff *skb, struct packet *p)
+static __noinline int request(struct __sk_buff *skb, struct packet *p)
 {
 	int reason = parse_ports(skb, p), served, type;
 	struct tl_flow *flow;
@@ -841,9 +752,8 @@ static __attribute__((noinline)) int request(struct __sk_buff *skb, struct packe
 		if (served != TL_NO_PORT || reason != TL_PROTOCOL)
 			return served == TL_NO_PORT ? reason : served;
 		type = icmp_type(skb, p);
-		if (type == (p->v6 ? ICMPV6_ECHO_REQUEST : ICMP_ECHO))
-			return TL_PING;
-		return is_error(p, type) ? TL_ICMP_STRAY : TL_PROTOCOL;
+		return type == (p->v6 ? ICMPV6_ECHO_REQUEST : ICMP_ECHO) ? TL_PING :
+		       is_error(p, type) ? TL_ICMP_STRAY : TL_PROTOCOL;
 	}
 	flow = bpf_map_lookup_elem(&ct_map, &p->tuple);
 	if (flow && !is_syn(p) && !use_flow(skb, p, &flow, false))
@@ -852,7 +762,7 @@ static __attribute__((noinline)) int request(struct __sk_buff *skb, struct packe
 }
 
 /* What a backend sends, back by the road of its requests. */
-static __attribute__((noinline)) int from_backend(struct __sk_buff *skb, struct packet *p)
+static __noinline int from_backend(struct __sk_buff *skb, struct packet *p)
 {
 	struct tl_flow *flow;
 	int reason;
@@ -869,10 +779,9 @@ static __attribute__((noinline)) int from_backend(struct __sk_buff *skb, struct 
 	return reason;
 }
 
-/* Source NAT (--snat), where the packet leaves towards a pod, behind all that the
- * stack does, so that conntrack sees client <-> pod whatever we write. A packet
+/* Source NAT (--snat), where the packet leaves towards a pod, behind all that the stack does. One
  * whose source another masquerade has changed is no longer of a flow we know. */
-static __attribute__((noinline)) int to_backend(struct __sk_buff *skb, struct packet *p)
+static __noinline int to_backend(struct __sk_buff *skb, struct packet *p)
 {
 	__u32 ifindex = skb->ifindex;
 	struct tl_flow *flow, *of;
@@ -892,36 +801,22 @@ static __attribute__((noinline)) int to_backend(struct __sk_buff *skb, struct pa
 	if (!of || !(of->state & TL_FLOW_SNAT) || !door)
 		return TL_NO_FLOW;
 	p->flow = (struct tl_flow){ .to = p->tuple, .name = of->name, .seed = of->seed };
-	if (p->v6) {
+	p->flow.to.src = door->snat[0];
+	asm volatile("" ::: "memory"); /* or clang makes a pointer of both, which takes CAP_PERFMON */
+	if (p->v6)
 		p->flow.to.src = door->snat[1];
-		asm volatile("" ::: "memory"); /* or clang makes a pointer of both, which takes CAP_PERFMON */
-	} else {
-		p->flow.to.src = door->snat[0];
-	}
 	if (!p->flow.to.src.w[3] && !p->flow.to.src.w[0])
 		return TL_NO_FLOW;
 	if (p->tuple.proto != IPPROTO_SCTP)
 		p->flow.to.sport = bpf_htons(TL_SNAT_LEAST + hash_tuple(&p->tuple) % (65536 - TL_SNAT_LEAST));
-	reason = begin_flow(&p->tuple, &p->flow, skb->len, TL_SNAT_LEAST);
+	reason = begin_flow(skb, p, TL_SNAT_LEAST);
 	if (reason)
 		return reason == TL_NO_SOURCE_PORT ? TL_SNAT_PORTS : reason;
 	return translate(skb, p, &p->flow.to, TL_SNAT_OUT);
 }
 
 /* === answers ==============================================================
- * What nobody serves is refused at once, and a ping of a service is answered, by
- * the packet itself, turned around and sent out by the door it came in. */
-__inline_always bool may_answer(struct packet *p)
-{
-	__u64 now = bpf_jiffies64();
-
-	if (now - p->answers_since >= tl_hz) {
-		p->answers_since = now;
-		p->n_answers = 0;
-	}
-	return p->n_answers++ < TL_ANSWERS;
-}
-
+ * The refused packet, or the ping, is the answer itself, turned around and sent out where it came in. */
 __inline_always int send_back(struct __sk_buff *skb, const struct packet *p)
 {
 	__u8 macs[12];
@@ -932,36 +827,33 @@ __inline_always int send_back(struct __sk_buff *skb, const struct packet *p)
 	return bpf_redirect(skb->ifindex, 0);
 }
 
-/* The pseudo-header's sum; the same both ways, and v4-mapped addresses add a
- * multiple of 0xffff, which is none. */
+/* Of the pseudo-header; the same both ways. A mapped prefix adds a multiple of 0xffff, which is 0. */
 __inline_always __u64 pseudo_sum(const struct packet *p, __u8 proto, __u32 len)
 {
 	return (__u64)bpf_csum_diff(NULL, 0, (void *)&p->tuple.src, 32, 0) + bpf_htonl(len) + bpf_htonl(proto);
 }
 
-/* Sends an answer from the service to the client: an IP header, `head`, and what is behind
- * that already; `len` bytes in all behind the IP header. */
-__inline_always int send_answer(struct __sk_buff *skb, const struct packet *p, __u8 proto, const void *head, __u32 size,
-				__u32 len)
+/* Sends an answer: an IP header, TCP's or ICMP's in `head`, and what is behind; `len` without IP's. */
+static __noinline int send_answer(struct __sk_buff *skb, const struct packet *p, __u8 proto, const void *head, __u32 len)
 {
 	struct ipv6hdr v6 = { .version = 6, .payload_len = bpf_htons(len), .nexthdr = proto, .hop_limit = 64 };
 	struct iphdr v4 = { .version = 4, .ihl = 5, .tot_len = bpf_htons(sizeof(v4) + len), .ttl = 64,
 			    .frag_off = bpf_htons(0x4000), /* an id of 0 wants "don't fragment", RFC 6864 */
 			    .protocol = proto, .saddr = p->tuple.dst.w[3], .daddr = p->tuple.src.w[3] };
+	__u32 behind = p->l3 + ip_size(p);
 
 	v4.check = ~fold(bpf_csum_diff(NULL, 0, (void *)&v4, sizeof(v4), 0));
 	__builtin_memcpy(&v6.saddr, &p->tuple.dst, 16);
 	__builtin_memcpy(&v6.daddr, &p->tuple.src, 16);
-	if (p->v6 ? bpf_skb_store_bytes(skb, p->l3, &v6, sizeof(v6), 0) : bpf_skb_store_bytes(skb, p->l3, &v4, sizeof(v4), 0))
-		return -1;
-	if (bpf_skb_store_bytes(skb, p->l3 + ip_size(p), head, size, 0))
+	if ((p->v6 ? bpf_skb_store_bytes(skb, p->l3, &v6, sizeof(v6), 0) : bpf_skb_store_bytes(skb, p->l3, &v4, sizeof(v4), 0)) ||
+	    (proto == IPPROTO_TCP ? bpf_skb_store_bytes(skb, behind, head, sizeof(struct tcphdr), 0) :
+				    bpf_skb_store_bytes(skb, behind, head, sizeof(struct icmp6hdr), 0)))
 		return -1;
 	return send_back(skb, p);
 }
 
-/* Is the transport's checksum left to the device (CHECKSUM_PARTIAL)? Then a port
- * that changes does not show in the field, which is *partial, the sum of the
- * pseudo-header. The field is left as it was. */
+/* Is the transport's checksum left to the device (CHECKSUM_PARTIAL)? Then a changed port does not show
+ * in the field, which is *partial, the sum of the pseudo-header. It is left as it was. */
 __inline_always bool is_partial(struct __sk_buff *skb, __u32 check, __u16 *partial)
 {
 	__u16 after = 0;
@@ -976,53 +868,41 @@ __inline_always bool is_partial(struct __sk_buff *skb, __u32 check, __u16 *parti
 /* A reset with the numbers of RFC 9293, 3.10.7.1. */
 __inline_always int refuse_tcp(struct __sk_buff *skb, struct packet *p)
 {
-	struct tcphdr tcp, rst = {};
-	__u32 len = p->end - p->l4;
+	__u32 next = p->end - p->l4;
+	struct tcphdr tcp, rst;
 	__u16 partial;
-	bool left;
+	__u64 sum;
 
 	if (bpf_skb_load_bytes(skb, p->l4, &tcp, sizeof(tcp)) || tcp.rst)
 		return -1;
-	left = is_partial(skb, checksum_offset(p), &partial);
-	rst.source = tcp.dest;
-	rst.dest = tcp.source;
-	rst.doff = sizeof(rst) / 4;
-	rst.rst = 1;
-	rst.ack = !tcp.ack;
-	if (tcp.ack)
-		rst.seq = tcp.ack_seq;
-	else
-		rst.ack_seq = bpf_htonl(bpf_ntohl(tcp.seq) + len - tcp.doff * 4 + tcp.syn + tcp.fin);
-	rst.check = fold(pseudo_sum(p, IPPROTO_TCP, sizeof(rst)));
-	if (!left)
-		rst.check = ~fold((__u64)bpf_csum_diff(NULL, 0, (void *)&rst, sizeof(rst), 0));
+	next += bpf_ntohl(tcp.seq) - tcp.doff * 4 + tcp.syn + tcp.fin;
+	rst = (struct tcphdr){ .source = tcp.dest, .dest = tcp.source, .doff = sizeof(rst) / 4, .rst = 1, .ack = !tcp.ack,
+			       .seq = tcp.ack ? tcp.ack_seq : 0, .ack_seq = tcp.ack ? 0 : bpf_htonl(next) };
+	sum = pseudo_sum(p, IPPROTO_TCP, sizeof(rst));
+	rst.check = is_partial(skb, checksum_offset(p), &partial) ? fold(sum) :
+			    ~fold(sum + bpf_csum_diff(NULL, 0, (void *)&rst, sizeof(rst), 0));
 	if (bpf_skb_change_tail(skb, p->l4 + sizeof(rst), 0))
 		return -1;
-	return send_answer(skb, p, IPPROTO_TCP, &rst, sizeof(rst), sizeof(rst));
+	return send_answer(skb, p, IPPROTO_TCP, &rst, sizeof(rst));
 }
 
-/* Port unreachable (RFC 792, RFC 4443), quoting what came. If the device is to
- * fill in the quoted checksum, it makes what it sums up come out as the
- * complement of what the field holds now; that is what our own sum counts. */
+/* Port unreachable (RFC 792, RFC 4443), quoting what came. What the device sums up when it fills in
+ * the quoted checksum becomes the complement of what the field holds now, which our own sum counts. */
 __inline_always int refuse_icmp(struct __sk_buff *skb, struct packet *p)
 {
 	struct icmp6hdr icmp = { .icmp6_type = p->v6 ? ICMPV6_DEST_UNREACH : ICMP_DEST_UNREACH,
 				 .icmp6_code = p->v6 ? ICMPV6_PORT_UNREACH : ICMP_PORT_UNREACH };
 	__u32 check = checksum_offset(p);
-	__u64 n = (__u64)p->end - p->l3; /* 64 bits: the verifier sees the bounds */
+	__u64 sum, n = (__u64)p->end - p->l3; /* 64 bits: the verifier sees the bounds */
 	__u16 partial;
-	__u64 sum;
 
-	if (n > TL_QUOTE)
-		n = TL_QUOTE;
+	n = n > TL_QUOTE ? TL_QUOTE : n;
 	__builtin_memset(p->quote, 0, TL_QUOTE);
 	if (n < sizeof(struct iphdr) || bpf_skb_load_bytes(skb, p->l3, p->quote, n))
 		return -1;
 	if (check && is_partial(skb, check, &partial))
-		sum = (p->v6 ? bpf_csum_diff(NULL, 0, (void *)p->quote, sizeof(struct ipv6hdr), 0) :
-			       bpf_csum_diff(NULL, 0, (void *)p->quote, sizeof(struct iphdr), 0)) +
-		      (__u64)(__u16)~partial;
-	else
+		sum = (p->v6 ? bpf_csum_diff(NULL, 0, (void *)p->quote, sizeof(struct ipv6hdr), 0) : 0) + (__u16)~partial;
+	else /* an IPv4 header has the sum 0 */
 		sum = bpf_csum_diff(NULL, 0, (void *)p->quote, TL_QUOTE, 0);
 	sum += *(__u16 *)&icmp; /* type and code */
 	if (p->v6)
@@ -1031,17 +911,16 @@ __inline_always int refuse_icmp(struct __sk_buff *skb, struct packet *p)
 	if (bpf_skb_change_tail(skb, p->l3 + n, 0) ||
 	    bpf_skb_adjust_room(skb, ip_size(p) + sizeof(icmp), BPF_ADJ_ROOM_MAC, 0))
 		return -1;
-	return send_answer(skb, p, p->v6 ? IPPROTO_ICMPV6 : IPPROTO_ICMP, &icmp, sizeof(icmp), sizeof(icmp) + n);
+	return send_answer(skb, p, p->v6 ? IPPROTO_ICMPV6 : IPPROTO_ICMP, &icmp, sizeof(icmp) + n);
 }
 
 /* Addresses change places and the type changes; no other checksum does. */
 __inline_always int echo(struct __sk_buff *skb, struct packet *p)
 {
-	__u8 type = p->v6 ? ICMPV6_ECHO_REPLY : ICMP_ECHOREPLY;
-	__be16 old = bpf_htons(p->v6 ? ICMPV6_ECHO_REQUEST << 8 : ICMP_ECHO << 8), new = bpf_htons(type << 8);
+	__u8 old = p->v6 ? ICMPV6_ECHO_REQUEST : ICMP_ECHO, type = p->v6 ? ICMPV6_ECHO_REPLY : ICMP_ECHOREPLY;
 	struct tl_tuple to = turned(&p->tuple);
 
-	if (write_addresses(skb, p, &to, 0, 0) || bpf_l4_csum_replace(skb, p->l4 + 2, old, new, 2) ||
+	if (write_addresses(skb, p, &to, 0, 0) || bpf_l4_csum_replace(skb, p->l4 + 2, old, type, 2) ||
 	    bpf_skb_store_bytes(skb, p->l4, &type, 1, 0))
 		return -1;
 	return send_back(skb, p);
@@ -1050,20 +929,22 @@ __inline_always int echo(struct __sk_buff *skb, struct packet *p)
 /* A source that can be written to (RFC 1122 3.2.2.6, RFC 4443 2.4 e). */
 __inline_always bool is_host(const struct packet *p)
 {
-	__be32 v4 = p->tuple.src.w[3];
+	__u32 first = bpf_ntohl(p->v6 ? p->tuple.src.w[0] : p->tuple.src.w[3]);
 
-	if (!p->v6)
-		return v4 && bpf_ntohl(v4) < 0xe0000000 && bpf_ntohl(v4) >> 24 != 127;
-	return p->tuple.src.w[0] != 0 && (p->tuple.src.w[0] & bpf_htonl(0xff000000)) != bpf_htonl(0xff000000);
+	return first && (p->v6 ? first < 0xff000000 : first < 0xe0000000 && first >> 24 != 127);
 }
 
 /* Answers a packet; it is dropped if that is not possible, or was too often. */
-static __attribute__((noinline)) int answer(struct __sk_buff *skb, struct packet *p, bool ping)
+static __noinline int answer(struct __sk_buff *skb, struct packet *p, bool ping)
 {
 	bool plain = p->l4 - p->l3 == ip_size(p) && !p->fragment;
 	int action = -1;
 
-	if (!is_host(p) || !may_answer(p))
+	if (bpf_jiffies64() - p->answers_since >= tl_hz) {
+		p->answers_since = bpf_jiffies64();
+		p->n_answers = 0;
+	}
+	if (!is_host(p) || p->n_answers++ >= TL_ANSWERS)
 		;
 	else if (ping)
 		action = echo(skb, p);
@@ -1076,9 +957,7 @@ static __attribute__((noinline)) int answer(struct __sk_buff *skb, struct packet
 }
 
 /* === doors ================================================================
- * The section name serves both: on kernels without tcx the agent attaches the
- * same program by cls_bpf. */
-/* The only entry and the only exit. */
+ * The only entry and the only exit. The section name serves cls_bpf too, where there is no tcx. */
 __inline_always int open_door(struct __sk_buff *skb, int (*direction)(struct __sk_buff *, struct packet *), __u32 l3,
 			      __u8 dir)
 {
@@ -1103,20 +982,19 @@ __inline_always int open_door(struct __sk_buff *skb, int (*direction)(struct __s
 	return fate == DROP ? TC_ACT_SHOT : answer(skb, p, fate == ECHO);
 }
 
-#define DOOR(name, hook, direction, dir)                                \
-	SEC("tcx/" hook)                                                \
-	int name(struct __sk_buff *skb)                                 \
-	{                                                               \
-		return open_door(skb, direction, 0, dir);               \
-	}                                                               \
-	SEC("tcx/" hook)                                                \
-	int name##_l2(struct __sk_buff *skb)                            \
-	{                                                               \
-		return open_door(skb, direction, ETH_HLEN, dir);        \
+#define DOOR(name, hook, direction, l3, dir)               \
+	SEC("tcx/" hook)                                   \
+	int name(struct __sk_buff *skb)                    \
+	{                                                  \
+		return open_door(skb, direction, l3, dir); \
 	}
-DOOR(from_tailnet, "ingress", request, TL_REQUEST)
-DOOR(to_tailnet, "egress", from_backend, TL_REPLY)
-DOOR(to_pods, "egress", to_backend, TL_OUT)
-DOOR(from_pods, "ingress", from_backend, TL_BACK)
+DOOR(from_tailnet, "ingress", request, 0, TL_REQUEST)
+DOOR(from_tailnet_l2, "ingress", request, ETH_HLEN, TL_REQUEST)
+DOOR(to_tailnet, "egress", from_backend, 0, TL_REPLY)
+DOOR(to_tailnet_l2, "egress", from_backend, ETH_HLEN, TL_REPLY)
+DOOR(to_pods, "egress", to_backend, 0, TL_OUT)
+DOOR(to_pods_l2, "egress", to_backend, ETH_HLEN, TL_OUT)
+DOOR(from_pods, "ingress", from_backend, 0, TL_BACK)
+DOOR(from_pods_l2, "ingress", from_backend, ETH_HLEN, TL_BACK)
 
 char LICENSE[] SEC("license") = "Dual MIT/GPL";
