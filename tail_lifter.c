@@ -57,6 +57,8 @@
 #include <linux/if_link.h>
 #include <linux/magic.h>
 #include <linux/membarrier.h>
+#include <linux/netfilter/nf_tables.h>
+#include <linux/netfilter/nfnetlink.h>
 #include <linux/netlink.h>
 #include <linux/pkt_sched.h>
 #include <linux/rtnetlink.h>
@@ -4831,8 +4833,9 @@ static int datapath_verify(void)
 	if (r)
 		return fail(
 			"this kernel does not take our BPF programs: %s; it must be 5.10 or newer "
-			"with CONFIG_BPF_SYSCALL; -v prints its reasons",
-			strerror(-r));
+			"with CONFIG_BPF_SYSCALL%s; -v prints its reasons",
+			strerror(-r),
+			r == -EACCES ? ", and up to 6.12 we need CAP_PERFMON too" : "");
 	return 0;
 }
 
@@ -6747,7 +6750,10 @@ static int web_open(struct web *w, const struct in6_addr *addr, uint16_t port)
 	    !listen(w->fd, 2 * WEB_CLIENTS) && !web_arm(w, EPOLL_CTL_ADD, w->fd, 0, EPOLLIN))
 		return 0;
 	print_socket(&where, "cannot listen on ", addr, port);
-	return fail("--metrics: %s: %s; name another address or port", where.at, strerror(errno));
+	fail("--metrics: %s: %s; name another address or port", where.at, strerror(errno));
+	buf_free(&where);
+	close(w->fd);
+	return -1;
 }
 
 static void client_close(struct web_client *c)
@@ -6892,6 +6898,7 @@ static void web_tick(struct web *w, int64_t now)
  * changes or a deadline comes. */
 #define MAX_IFACES 8 /* of --iface */
 #define MAX_FAR	   64 /* towards pods */
+#define LISTEN_AGAIN 5000 /* ms until --metrics tries again a port that others have */
 
 enum wake_tag {
 	WAKE_SIGNAL,
@@ -7279,11 +7286,18 @@ static int loop_open(struct agent *a)
 	return loop_watch(a, a->signal_fd, WAKE_SIGNAL);
 }
 
-/* --metrics: 0, or -1 with why. */
-static int metrics_open(struct agent *a)
+/* --metrics. A port that is in use is tried again: the datapath is worth more. */
+static void metrics_open(struct agent *a)
 {
+	bool first = a->metrics_at == INT64_MAX;
+
+	a->metrics_at = INT64_MAX;
 	a->web = (struct web){ .epoll_fd = a->epoll_fd, .tag = WAKE_WEB, .page = page, .arg = a };
-	return opt.metrics_port ? web_open(&a->web, &opt.metrics, opt.metrics_port) : 0;
+	if (!opt.metrics_port || !web_open(&a->web, &opt.metrics, opt.metrics_port))
+		return;
+	if (first)
+		warn("%s; trying again", why);
+	a->metrics_at = now_ms() + LISTEN_AGAIN;
 }
 
 /* Waits for something and lets it happen. */
@@ -7313,6 +7327,8 @@ static void loop_round(struct agent *a)
 			api_ready(&a->api, &a->model, e[i].data.u32 - WAKE_API, e[i].events);
 		}
 	web_tick(&a->web, now_ms());
+	if (now_ms() >= a->metrics_at)
+		metrics_open(a);
 	api_tick(&a->api, now_ms());
 	tailscaled_tick(&a->tailscaled, now_ms());
 	maps_tick(&maps, &a->model, now_ms());
@@ -7359,8 +7375,10 @@ static int agent_open(struct agent *a, bool once)
 			    "another --pin-dir",
 			    agent_where(pin_dir_holder(a->pin_fd)), opt.pin_dir);
 	/* the source before the datapath: a first start without one leaves nothing behind */
-	if (loop_open(a) || (!once && metrics_open(a)) || source_open(a, once) || datapath_load(&maps))
+	if (loop_open(a) || source_open(a, once) || datapath_load(&maps))
 		return -1;
+	if (!once)
+		metrics_open(a);
 	a->netlink_fd = netlink_open(RTMGRP_LINK | (opt.snat ? RTMGRP_IPV4_ROUTE | RTMGRP_IPV6_ROUTE |
 						    RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR : 0));
 	if (a->netlink_fd < 0 || loop_watch(a, a->netlink_fd, WAKE_NETLINK))
@@ -7524,8 +7542,9 @@ static void entry_add_sources(const struct maps *m, const struct tl_svc *svc, st
 	uint32_t scope[2] = { svc->name, svc->name >> 32 };
 	struct tl_net_key key, *before = NULL;
 	struct buf out = { 0 };
+	int most = TL_MAX_NETS; /* it may change meanwhile, and begin anew */
 
-	for (; !bpf_map_get_next_key(m->fd[NET_MAP], before, &key); before = &key) {
+	for (; most-- && !bpf_map_get_next_key(m->fd[NET_MAP], before, &key); before = &key) {
 		struct cidr c = { .bits = key.prefixlen - 64 };
 
 		memcpy(&c.addr, &key.addr, sizeof(c.addr));
@@ -7536,6 +7555,11 @@ static void entry_add_sources(const struct maps *m, const struct tl_svc *svc, st
 	e->n_sources = out.len / sizeof(struct cidr);
 	if (e->n_sources)
 		qsort(e->sources, e->n_sources, sizeof(struct cidr), range_order);
+	most = e->n_sources;
+	e->n_sources = 0;
+	for (int i = 0; i < most; i++)
+		if (!i || range_order(&e->sources[i], &e->sources[i - 1]))
+			e->sources[e->n_sources++] = e->sources[i];
 }
 
 /* The entry of `n` frontends. */
@@ -7564,17 +7588,27 @@ static struct entry entry_read(const struct maps *m, const struct found *f, int 
 	return e;
 }
 
+static void key_add(void *keys, int fd, const void *key, const void *value)
+{
+	(void)fd;
+	(void)value;
+	buf_add(keys, key, sizeof(struct tl_svc_key));
+}
+
 /* All entries that the datapath has, sorted; only those of `only` (NAMESPACE/NAME)
  * unless that is NULL. Memory is left to the end of the process. */
 static struct entry *status_entries(const struct maps *m, const char *only, int *n)
 {
-	struct tl_svc_key key, *before = NULL;
-	struct buf found = { 0 }, out = { 0 };
+	struct buf keys = { 0 }, found = { 0 }, out = { 0 };
+	struct tl_svc_key key;
 	struct found f, *at, *end;
 
-	for (; !bpf_map_get_next_key(m->fd[SVC_MAP], before, &key); before = &key)
+	map_walk(m->fd[SVC_MAP], key_add, &keys);
+	for (size_t i = 0; i < keys.len; i += sizeof(key)) {
+		memcpy(&key, keys.at + i, sizeof(key));
 		if (found_read(m, &key, only, &f))
 			buf_add(&found, &f, sizeof(f));
+	}
 	at = (struct found *)found.at;
 	end = at + found.len / sizeof(f);
 	if (at)
@@ -7864,6 +7898,19 @@ static int routes_restore(void)
 	return r == ABSENT ? 0 : r;
 }
 
+/* The bpffs was lost, and with it what was attached by tcx, but not filters. */
+static void filters_detach(void)
+{
+	struct if_nameindex *all = if_nameindex();
+
+	for (struct if_nameindex *i = all; i && i->if_index; i++)
+		if (clsact_look(i->if_index).ours) {
+			doors_detach_tc(i->if_index, false);
+			clsact_detach(i->if_index);
+		}
+	if_freenameindex(all);
+}
+
 /* Leaves no trace. Nothing there is fine. */
 static int cmd_cleanup(void)
 {
@@ -7874,7 +7921,7 @@ static int cmd_cleanup(void)
 	DIR *dir;
 
 	if (pin_fd < 0 && errno == ENOENT)
-		return unmount_ours(), 0;
+		return filters_detach(), unmount_ours(), 0;
 	if (pin_fd < 0 || !is_bpffs(opt.pin_dir))
 		return fail("cannot clean up %s: %s", opt.pin_dir,
 			    pin_fd < 0 ? strerror(errno) : "it is in no bpffs");
@@ -7908,17 +7955,20 @@ static enum verdict check_privileges(int what)
 	struct __user_cap_header_struct h = { .version = _LINUX_CAPABILITY_VERSION_3 };
 	struct __user_cap_data_struct d[2] = { 0 };
 	uint64_t have;
-	bool bpf_too, net;
+	bool bpf_too, net, perfmon;
 
 	(void)what;
 	syscall(SYS_capget, &h, d);
 	have = d[0].effective | (uint64_t)d[1].effective << 32;
 	net = have >> CAP_NET_ADMIN & 1;
 	bpf_too = have >> CAP_BPF & 1 || have >> CAP_SYS_ADMIN & 1;
+	perfmon = have >> CAP_PERFMON & 1 || have >> CAP_SYS_ADMIN & 1;
 	fail("%s%s%s",
 	     net && bpf_too ? "CAP_NET_ADMIN and CAP_BPF are there" : "run as root, or with ",
 	     net ? "" : "CAP_NET_ADMIN ",
 	     bpf_too ? "" : "CAP_BPF (before Linux 5.8: CAP_SYS_ADMIN)");
+	if (net && bpf_too && !perfmon)
+		return fail("%s; up to Linux 6.12 CAP_PERFMON must be too, for the verifier", why), HINT;
 	return net && bpf_too ? GOOD : MEND;
 }
 
@@ -8035,12 +8085,77 @@ static enum verdict check_rp_filter(int what)
 	return fail("not strict"), GOOD;
 }
 
+/* linux/netfilter.h, which does not go together with netinet/in.h */
+enum { NFPROTO_INET = 1, NFPROTO_IPV4 = 2, NFPROTO_IPV6 = 10, NF_INET_FORWARD = 2, NF_DROP = 0, NF_ACCEPT = 1 };
+
+/* A chain of nftables (iptables makes such ones too, if it is not the legacy one): is it one
+ * of those that forwarded packets go through, and drops what none of its rules accepts? */
+static void on_chain(void *found, const struct nlmsghdr *h)
+{
+	static const char *const families[] = { [NFPROTO_INET] = "inet", [NFPROTO_IPV4] = "ip",
+						[NFPROTO_IPV6] = "ip6" };
+	const struct nfgenmsg *g = NLMSG_DATA(h);
+	uint32_t hook = 0, policy = NF_ACCEPT;
+	const char *table = "", *chain = "";
+	int left = h->nlmsg_len - NLMSG_LENGTH(sizeof(*g)), *dropping = found;
+
+	if (h->nlmsg_type == NLMSG_ERROR)
+		*dropping = -1;
+	if (h->nlmsg_type != (NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_NEWCHAIN) || *dropping ||
+	    g->nfgen_family >= ARRAY_SIZE(families) || !families[g->nfgen_family])
+		return;
+	for (const struct rtattr *a = (void *)(g + 1); RTA_OK(a, left); a = RTA_NEXT(a, left))
+		switch (a->rta_type & NLA_TYPE_MASK) {
+		case NFTA_CHAIN_TABLE: table = RTA_DATA(a); break;
+		case NFTA_CHAIN_NAME: chain = RTA_DATA(a); break;
+		case NFTA_CHAIN_POLICY: policy = ntohl(*(uint32_t *)RTA_DATA(a)); break;
+		case NFTA_CHAIN_HOOK: /* its first member is the hook's number */
+			hook = ntohl(*(uint32_t *)RTA_DATA((struct rtattr *)RTA_DATA(a)));
+		}
+	if (hook != NF_INET_FORWARD || policy != NF_DROP)
+		return;
+	fail("chain %s of table %s %s drops what no rule of it accepts; if requests vanish: nft "
+	     "insert rule %s %s %s iifname %s accept, and the same with oifname",
+	     chain, families[g->nfgen_family], table, families[g->nfgen_family], table, chain,
+	     agent.door->name);
+	*dropping = 1;
+}
+
+/* Tables of legacy iptables, which only its own interface shows. */
+static bool has_legacy_tables(void)
+{
+	FILE *f = fopen("/proc/net/ip_tables_names", "re");
+	bool any = f && fgetc(f) != EOF;
+
+	if (f)
+		fclose(f);
+	return any;
+}
+
 static enum verdict check_firewall(int what)
 {
+	struct {
+		struct nlmsghdr h;
+		struct nfgenmsg g;
+	} ask = { .h = { .nlmsg_len = sizeof(ask),
+			 .nlmsg_type = NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_GETCHAIN,
+			 .nlmsg_flags = NLM_F_REQUEST | NLM_F_DUMP } };
+	bool none = access("/sys/module/nf_tables", F_OK) && !access("/proc/modules", F_OK);
+	int fd, dropping = 0;
+
 	(void)what;
-	fail("not looked at; if requests vanish, see what drops forwarded packets: nft list "
-	     "ruleset");
-	return UNSEEN;
+	fd = none ? -1 : socket(AF_NETLINK, SOCK_RAW | SOCK_NONBLOCK | SOCK_CLOEXEC, NETLINK_NETFILTER);
+	if (!none && (send(fd, &ask, sizeof(ask), 0) < 0 || !netlink_wait(fd, on_chain, &dropping)))
+		dropping = -1; /* not asked where it is not loaded: that would load it */
+	close(fd);
+	if (dropping > 0)
+		return HINT;
+	if (dropping < 0 || has_legacy_tables())
+		return fail("not looked at%s; if requests vanish, see what drops forwarded packets: "
+			    "nft list ruleset, iptables-legacy -S FORWARD",
+			    dropping ? "" : ": legacy iptables; nftables drops nothing by default"),
+		       UNSEEN;
+	return fail("no chain drops what is forwarded by default"), GOOD;
 }
 
 static enum verdict check_agent(int what)
@@ -8075,7 +8190,7 @@ static enum verdict check_resource(int what)
 	struct agent *a = &agent;
 	enum kind kind = what & ~LOOK_WATCH;
 	struct watch *w = &a->api.watch[kind];
-	bool watch = what & LOOK_WATCH, done = false, reached = false;
+	bool watch = what & LOOK_WATCH, done = false, reached = false, denied = false;
 
 	if (opt.from)
 		return fail("not needed, with --from"), GOOD;
@@ -8087,13 +8202,17 @@ static enum verdict check_resource(int what)
 	api_start(&a->api, a->epoll_fd, WAKE_API);
 	for (int k = 0; k < N_KINDS; k++)
 		a->api.watch[k].deadline = k == (int)kind ? 0 : INT64_MAX;
-	while (!done && !a->stop && !a->api.failed && !a->api.n_said) {
+	*why = 0;
+	while (!done && !denied && !a->stop && !a->api.failed && !a->api.n_said) {
 		loop_round(a);
+		denied = kind == SERVICE_CIDRS && !strncmp(why, "40", 2); /* as older servers do */
 		reached |= w->state >= WATCH_ASKING;
 		done = watch ? w->state == WATCH_FOLLOWING : a->model.synced[kind];
 	}
 	if (a->stop)
 		return fail("not looked at: stopped"), UNSEEN;
+	if (denied || (kind == SERVICE_CIDRS && a->api.n_said))
+		return fail("%s; packets to addresses that no service has are not dropped", why), HINT;
 	if (done && !a->api.n_said)
 		return fail("allowed"), GOOD;
 	lost = !reached;
@@ -8120,13 +8239,21 @@ static const struct json *local_look(const char *target)
 	return j->n_tok || !call_wait("GET", target, "", j) ? j : NULL;
 }
 
-/* Is a route in a member of this object, which is a list? */
-static bool local_has(const struct json *j, int object, const char *member, const char *route)
+/* Has this object's member, a list, a range that `route` is in, or overlaps? But for all the
+ * world, which is another offer. */
+static bool local_has(const struct json *j, int object, const char *member, const char *route,
+		      bool overlaps)
 {
-	int at = json_get(j, object, member);
+	int list = json_get(j, object, member);
+	struct cidr want, c;
 
-	return at >= 0 &&
-		memmem(j->text + j->tok[at].start, j->tok[at].end - j->tok[at].start, route, strlen(route));
+	cidr_parse(route + 1, strlen(route) - 2, &want); /* it has quotes */
+	for (int i = json_first(j, list); i >= 0; i = json_next(j, list, i))
+		if (cidr_parse(j->text + j->tok[i].start, j->tok[i].end - j->tok[i].start, &c) &&
+		    c.bits > (addr_is_v4(&c.addr) ? 96 : 0) && (overlaps || c.bits <= want.bits) &&
+		    cidr_overlap(&c, &want))
+			return true;
+	return false;
 }
 
 /* The ranges that should come to this node. */
@@ -8151,14 +8278,14 @@ static enum verdict check_advertised(int what)
 		return UNSEEN;
 	ranges = check_ranges();
 	ROUTES_EACH (r, &ranges) {
-		if (!local_has(prefs, 0, "AdvertiseRoutes", r->text) && opt.advertise)
+		if (!local_has(prefs, 0, "AdvertiseRoutes", r->text, false) && opt.advertise)
 			return fail("%s is not advertised yet: the agent will see to it", r->text), HINT;
-		if (!local_has(prefs, 0, "AdvertiseRoutes", r->text))
+		if (!local_has(prefs, 0, "AdvertiseRoutes", r->text, false))
 			return fail("%s is not advertised by tailscaled here: --advertise does that, or "
 				    "tailscale set --advertise-routes=", r->text), MEND;
 		if (!json_eq(status, json_get(status, 0, "BackendState"), "Running"))
 			return fail("%s is, but tailscaled is not connected: tailscale up", r->text), MEND;
-		if (!local_has(status, self, "AllowedIPs", r->text))
+		if (!local_has(status, self, "AllowedIPs", r->text, false))
 			return fail("%s is, but not approved, or another router has it: see the admin "
 				    "console, or headscale nodes list-routes", r->text), HINT;
 	}
@@ -8179,8 +8306,8 @@ static enum verdict check_routers(int what)
 	ranges = check_ranges();
 	ROUTES_EACH (r, &ranges)
 		for (int i = json_first(j, peers); i >= 0; i = json_next(j, peers, i)) {
-			if (!local_has(j, i + 1, "AllowedIPs", r->text) &&
-			    !local_has(j, i + 1, "PrimaryRoutes", r->text))
+			if (!local_has(j, i + 1, "AllowedIPs", r->text, true) &&
+			    !local_has(j, i + 1, "PrimaryRoutes", r->text, true))
 				continue;
 			json_str(j, json_get(j, i + 1, "HostName"), &name);
 			fail("%s has %s too: if that is another cluster, give this one a range of "
@@ -8197,12 +8324,14 @@ static enum verdict check_masquerade(int what)
 	(void)what;
 	if (!prefs)
 		return UNSEEN;
-	if (json_is_word(prefs, json_get(prefs, 0, "NoSNAT"), "true"))
-		fail("tailscaled does none: pods on this node see clients' own addresses");
-	else
-		fail("by tailscaled: pods see this node's address; tailscale set "
-		     "--snat-subnet-routes=false shows them the clients'");
-	return GOOD;
+	if (!json_is_word(prefs, json_get(prefs, 0, "NoSNAT"), "true"))
+		return fail("by tailscaled: pods see this node's address; tailscale set "
+			    "--snat-subnet-routes=false shows them the clients'"), GOOD;
+	if (opt.snat)
+		return fail("by --snat"), GOOD;
+	fail("tailscaled does none: pods on this node see clients' own addresses; replies of those "
+	     "on other nodes come back if flannel masquerades, else: --snat auto");
+	return HINT;
 }
 
 static const struct {
@@ -8227,6 +8356,8 @@ static const struct {
 	{ "watch nodes", check_resource, NODES | LOOK_WATCH },
 	{ "list nodes", check_resource, NODES },
 	{ "own node", check_node, 0 },
+	{ "list servicecidrs", check_resource, SERVICE_CIDRS },
+	{ "watch servicecidrs", check_resource, SERVICE_CIDRS | LOOK_WATCH },
 	{ "service CIDR advertised", check_advertised, 0 },
 	{ "second router", check_routers, 0 },
 	{ "masquerade", check_masquerade, 0 },

@@ -3,7 +3,7 @@
 """fake_tailscaled.py DIRECTORY: a FAKE of tailscaled's local API at DIRECTORY/sock, for what the
 real one (tests/real/advertise.sh) does not do on demand. DIRECTORY/fault names what is wrong
 with the next answers (none: nothing), DIRECTORY/prefs is AdvertiseRoutes, DIRECTORY/edits gets
-a line for each PATCH. A PUT is a list that somebody else sets."""
+a line for each PATCH, DIRECTORY/status is what it says of the tailnet. A PUT is a list that somebody else sets."""
 import http.server, json, os, queue, socketserver, sys, threading
 
 where = sys.argv[-1]
@@ -70,8 +70,8 @@ class Local(http.server.BaseHTTPRequestHandler):
         if self.wrong():
             return
         if not self.path.startswith("/localapi/v0/watch-ipn-bus?mask="):
-            return self.answer(200, json.dumps(prefs() if self.path.endswith("/prefs") else {
-                "BackendState": "Running", "Self": {}, "Peer": None}, indent="\t").encode())
+            return self.answer(200, json.dumps(prefs() if self.path.endswith("/prefs") else
+                                               json.load(open(where + "/status")), indent="\t").encode())
         self.send_response(200)
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()

@@ -266,7 +266,7 @@ static int echo(char **arg)
 /* A client's socket: one of the lasting flows, or a visitor, who sends one message, each
  * time from a new port. */
 #define N_LASTING  16	/* of each protocol */
-#define MOST_OUT   16	/* messages of a flow under way: a busy machine shall not overflow a queue */
+#define MOST_OUT   16	/* messages of a UDP flow under way: a busy machine shall not overflow a queue */
 #define LOST_AFTER 1000 /* ms without a word: what is out will not come back */
 #define N_VISITORS 1024 /* at a time, of each protocol */
 #define TICK	   1	/* ms: a message of each fourth lasting flow; two visitors every tenth time */
@@ -277,7 +277,7 @@ static struct talk {
 	int end;		  /* errno that ended it */
 	uint64_t sent, back, lost; /* messages */
 	int64_t heard;		  /* when the last came back, or none was out */
-	uint64_t due;		  /* TCP: the number that comes next */
+	uint64_t due;		  /* the number that comes next */
 	uint8_t part[8], n_part;  /* of it */
 } lasting[2 * N_LASTING], visitors[2 * N_VISITORS];
 
@@ -338,9 +338,9 @@ static void talk_send(struct talk *t, int64_t now)
 		return;
 	if (!out)
 		t->heard = now;
-	if (!t->tcp && now > t->heard + LOST_AFTER)
+	if (now > t->heard + LOST_AFTER)
 		t->lost = out;
-	if (out > t->lost && out - t->lost >= MOST_OUT)
+	if (!t->tcp && out > t->lost && out - t->lost >= MOST_OUT)
 		return;
 	if (send(t->fd, &t->sent, sizeof(t->sent), MSG_NOSIGNAL) == sizeof(t->sent))
 		t->sent++;
@@ -357,8 +357,16 @@ static void talk_hear(struct talk *t, int64_t now)
 	while (t->fd && !t->end && (n = read(t->fd, room, t->tcp ? sizeof(room) : 8)) != -1) {
 		if (!n && t->tcp)
 			t->end = ECONNRESET;
-		if (!t->tcp)
-			t->back += n == 8;
+		if (!t->tcp && n == 8) {
+			uint64_t number;
+
+			memcpy(&number, room, 8);
+			if (number > t->due && !t->visitor)
+				fprintf(stderr, "%jd: flow %d: %ju to %ju came not, or late\n", (intmax_t)time(NULL),
+					(int)(t - lasting), (uintmax_t)t->due, (uintmax_t)number - 1);
+			t->due = number + 1;
+			t->back++;
+		}
 		for (ssize_t i = 0; t->tcp && i < n; i++) {
 			t->part[t->n_part++] = room[i];
 			if (t->n_part < 8)
