@@ -5763,6 +5763,7 @@ static int watch_explain(struct api *a, struct watch *w, int code, int status)
 static int watch_denied(struct api *a, struct model *m, struct watch *w, int code, int status)
 {
 	if (code == 410 || json_eq(&a->json, json_get(&a->json, status, "reason"), "Expired")) {
+		debug("%s: %d, its history is gone", resources[w->kind].word, code);
 		w->no_pages |= w->more.len > 0;
 		w->rv[0] = 0;
 		return AGAIN;
