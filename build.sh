@@ -638,12 +638,12 @@ verb_cc-asan() { # OUT FILE.c [FLAG...]: the same with glibc and the address and
 }
 
 # A helper program of the tests, in build/test; its path is in $BUILT.
-test_program() { # NAME FILE.c
+test_program() { # NAME FILE.c [cc-asan]
 	BUILT=$PWD/build/test/$1
 	mkdir -p build/test
 	[ "$BUILT" -nt "$2" ] && [ "$BUILT" -nt tail_lifter ] && return
 	rm -f "$BUILT" # or a test that does not compile would be the one of yesterday
-	verb_cc "$BUILT" "$2"
+	"verb_${3:-cc}" "$BUILT" "$2"
 }
 
 # Prometheus' own judge of metrics, in $PROMTOOL: one file of a package that, installed, would
@@ -677,11 +677,13 @@ verb_demo() { # show the main job in namespaces, without a cluster; as root
 
 # The layers of tests. Each prints what fails and, last, `N passed, N failed`.
 layer_unit() {
-	test_program unit_data tests/unit_data.c && "$BUILT"
+	test_program unit_data-sanitized tests/unit_data.c cc-asan && "$BUILT" &&
+		test_program unit_data tests/unit_data.c && "$BUILT"
 }
 layer_semantics() { /usr/bin/python3 tests/semantics/run; }
 layer_api() {
-	test_program follow tests/api/follow.c && /usr/bin/python3 tests/api/run
+	test_program follow tests/api/follow.c && test_program follow-sanitized tests/api/follow.c cc-asan &&
+		/usr/bin/python3 tests/api/run
 }
 layer_packet() { /usr/bin/python3 tests/packet/run; }
 layer_netns() {

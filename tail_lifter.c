@@ -1985,10 +1985,10 @@ static void read_identity(struct reader *r)
 		buf_add(&r->text, "default", 7);
 	keep_text(r);
 	read_name(r, json_get(r->j, r->meta, "name"), MAX_NAME);
-	if (!r->text.len)
+	if (!r->text.len && !r->j->flaw) /* else it may be behind the flaw */
 		flaw(r, r->meta, r->meta < 0 ? "metadata.name" : "name", "is missing");
 	keep_text(r);
-	if (!r->bad)
+	if (!r->bad && r->text.len)
 		r->n_names = r->texts.len;
 }
 
@@ -3360,6 +3360,8 @@ static int from_object(struct from *f, const struct json *j, const char *kind)
 	f->cost += object_cost(o);
 	if (f->cost > MAX_MODEL && !o->bad)
 		return fail("more objects than have room in %u MiB", MAX_MODEL >> 20);
+	if (o->bad && o->unnamed)
+		fail("object %zu: %s", f->n_seen, why);
 	return o->bad ? -1 : 0;
 }
 
@@ -5971,6 +5973,7 @@ static int watch_explain(struct api *a, struct watch *w, int code, int status)
 static int watch_denied(struct api *a, struct model *m, struct watch *w, int code, int status)
 {
 	if (code == 410 || json_eq(&a->json, json_get(&a->json, status, "reason"), "Expired")) {
+		debug("%s: %d, its history is gone", resources[w->kind].word, code);
 		w->no_pages |= w->more.len > 0;
 		w->rv[0] = 0;
 		return AGAIN;

@@ -721,9 +721,12 @@ static void test_room(void)
 static void test_reserved_later(void)
 {
 	struct options o = { .node = "pi4", .has_vip_range = true };
+	struct map_option maps[1] = { 0 };
 	struct model m = { 0 };
 	struct buf b = { 0 };
 
+	cidr_parse("10.143.0.0/16", 13, &maps[0].from);
+	cidr_parse("10.43.0.0/16", 12, &maps[0].to);
 	cidr_parse("10.8.0.0/24", 11, &o.vip_range);
 	model_init(&m, &o);
 	check(!model_check(&m), "model_check", "%s", why);
@@ -738,6 +741,26 @@ static void test_reserved_later(void)
 	      "later_address_in_vip_range_is_not_served", "%s", b.at);
 	buf_free(&b);
 	empty(&m);
+	for (int mapped = 0; mapped < 2; mapped++) { /* nobody takes what --map serves another at */
+		o = (struct options){ .node = "pi4", .maps = maps, .n_maps = mapped };
+		m = (struct model){ 0 };
+		model_init(&m, &o);
+		put_text(&m, SERVICES,
+			 "{\"metadata\":{\"name\":\"a\"},\"spec\":{\"clusterIP\":\"10.43.0.9\",\"ports\":[{\"port\":80}]}}",
+			 false);
+		check(!model_check(&m), "model_check", "%s", why);
+		put_text(&m, SERVICES,
+			 "{\"metadata\":{\"name\":\"b\"},\"spec\":{\"clusterIP\":\"10.44.0.1\","
+			 "\"externalIPs\":[\"10.143.0.9\",\"10.143.0.8\"],\"ports\":[{\"port\":80},{\"name\":\"x\",\"port\":81}]}}",
+			 false);
+		drain(&m);
+		programmed_text(&m, &b);
+		check(mapped == !strstr(b.at, "10.143.0.8:80") && mapped == !strstr(b.at, "10.143.0.9:81") &&
+			      strstr(b.at, "10.143.0.9:80") && strstr(b.at, "10.44.0.1:81"),
+		      "mapped_address_is_nobody_elses", "%d: %s", mapped, b.at);
+		buf_free(&b);
+		empty(&m);
+	}
 }
 
 /* Ranges under rule 16: they come and go with ServiceCIDRs, by a relist too. */

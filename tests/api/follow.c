@@ -4,6 +4,7 @@
  * holds after each change: "services=2 backends=2 node=z1 synced", and behind the
  * node "ranges=10.43.0.0/16,fd43::/112" if there are any. With SPEED=N in
  * the environment its clock runs N times as fast, so that waits of minutes can be seen. */
+#define _GNU_SOURCE
 #include <stdlib.h>
 #include <time.h>
 
@@ -51,7 +52,8 @@ static void follow_print(void)
 			backends += resolved.entries[i].n_backends;
 	}
 	ranges = model_ranges(model);
-	qsort(ranges.at, ranges.len / sizeof(struct cidr), sizeof(struct cidr), cidr_order);
+	if (ranges.len)
+		qsort(ranges.at, ranges.len / sizeof(struct cidr), sizeof(struct cidr), cidr_order);
 	for (struct cidr *c = (void *)ranges.at; c < (struct cidr *)(ranges.at + ranges.len); c++)
 		buf_printf(&text, "%s%s", text.len ? "," : " ranges=", cidr_text(c, one));
 	snprintf(now, sizeof(now), "services=%d backends=%d node=%s%s %s", services, backends,
