@@ -128,14 +128,37 @@ check "without the host's bpffs: it says so" missed "--volume=/sys/fs/bpf:/bpf:r
 
 ### teardown.yaml
 
-check "teardown: exit 0" container teardown teardown.yaml
-check "teardown: says nothing" same "$(cat "$dir/teardown.log")" ""
+# The commands of its comment, as they stand there, and beside them what in a cluster a
+# DaemonSet controller and a kubelet would do: a pod, its end, and word of both.
+recipe() {
+	sed -n 's/^#   \( *[k-].*\)/\1/p' "$manifests/teardown.yaml" >"$dir/recipe"
+	grep -c '^kubectl' "$dir/recipe"
+	(cd "$manifests/.." && "$BASH" -ec "$(declare -p dir cluster); $(declare -f in_ns kubectl); . $dir/recipe")
+}
+one_node() {
+	local pod
+	soon 30 kubectl -n kube-system get daemonset tail-lifter-teardown
+	sleep 1 # so long there is no pod to wait for
+	pod=$(kubectl -n kube-system get daemonset tail-lifter-teardown -o json | jq '.spec.template + {apiVersion: "v1", kind: "Pod"} |
+		.metadata += {name: "teardown", namespace: "kube-system"} | .spec.nodeName = "node"')
+	kubectl create -f - <<<"$pod"
+	kubectl -n kube-system patch daemonset tail-lifter-teardown --subresource=status -p '{"status":{"observedGeneration":1}}'
+	container teardown teardown.yaml || code=$?
+	kubectl -n kube-system patch pod teardown --subresource=status -p '{"status":{"phase":"Running","containerStatuses":[{
+		"name":"tail-lifter","image":"t","imageID":"t","ready":false,"restartCount":1,"state":{"waiting":{"reason":"CrashLoopBackOff"}},
+		"lastState":{"terminated":{"exitCode":'"${code:-0}"'}}}]}}'
+}
+one_node >"$dir/one-node.log" 2>&1 &
+check "teardown, by its comment's commands: exit 0" recipe
+wait $! || true
+quietly kubectl -n kube-system delete pod teardown --force
+check "teardown: the container says nothing" same "$(cat "$dir/teardown.log")" ""
 check "teardown: bpffs is empty" same "$(find /sys/fs/bpf -mindepth 1 ! -name '*.debug')" ""
 check "teardown: no qdisc is left" fails grep clsact <<<"$(in_ns node tc qdisc show)"
 check "teardown: nobody answers" unanswered 10.43.0.80
 check "teardown, once more: exit 0" container teardown teardown.yaml
 
-find /sys/fs/cgroup -depth -type d -path '*/tail_lifter-test*' -exec rmdir {} + # podman leaves the parent
+soon 10 find /sys/fs/cgroup -depth -type d -path '*/tail_lifter-test*' -exec rmdir {} + || true # podman leaves the parent
 pins=$on_host
 lifter
 check "all is as it was: both pods answer" soon 20 both tcp 10.43.0.80 80 "$client4"
