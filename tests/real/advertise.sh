@@ -130,7 +130,7 @@ tailscale node set --snat-subnet-routes=false
 tailscale node set --advertise-routes=10.43.0.0/16,fd43::/112,10.144.0.0/16
 extra() { in_ns node env TS_SOCKET="$dir/node.sock" "$TAIL_LIFTER" --check --node node --map 10.144.0.0/16=10.43.0.0/16 \
 	--kubeconfig "$dir/kubeproxy.kubeconfig" --pin-dir "$pins" | grep -E "$1"; }
-check "advertised, not approved" extra '^hint +service CIDR advertised .*10.144.0.0/16.*not approved'
+check "advertised, not approved" soon 20 extra '^hint +service CIDR advertised .*10.144.0.0/16.*not approved'
 tailscale node set --advertise-routes=10.43.0.0/16,fd43::/112
 tailscale client set --advertise-routes=10.43.0.0/16
 tailscale node set --advertise-routes=fd43::/112 # headscale shows the one that is in use
