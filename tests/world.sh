@@ -128,7 +128,7 @@ world_sums_right() {
 # The wire is watched, by $WIRE (router/wire.c).
 # watch: every packet on every interface of the world. watched NAME [WHAT...]: there was nothing
 # wrong, but there may have been WHAT: unsure, checksums in quotes of packets that had none yet;
-# strays, pods' answers that met no flow
+# strays, pods' answers that met no flow; lost, packets that came too fast to be looked at
 watch() {
 	local host list=()
 	for host in "${world_hosts[@]}"; do

@@ -334,6 +334,37 @@ endpoints() {
 	done | kubectl apply -f -
 }
 
+# slice SERVICE ADDRESS PORT-NAME PORT PROTOCOL: one of IPv4 with one endpoint and no node
+slice() {
+	kubectl apply -f - <<-E
+		apiVersion: discovery.k8s.io/v1
+		kind: EndpointSlice
+		metadata:
+		  name: $1-$3
+		  labels: {kubernetes.io/service-name: $1}
+		addressType: IPv4
+		ports:
+		- {name: $3, protocol: $5, port: $4}
+		endpoints:
+		- {addresses: ["$2"], conditions: {ready: true}}
+	E
+}
+
+### the wire is watched, by ../router/wire.c
+
+# watch: every packet on every interface of the hosts; not of bulk transfers, for none may be
+# missed. watched NAME: there was nothing wrong, and nothing of pods reached the client bare.
+watch() {
+	"$WIRE" check client,10.42.,fd42: node node2 pod-a pod-b pod-c >"$dir/wire" 2>&1 &
+	pid[wire]=$!
+	soon 5 grep -q ready "$dir/wire"
+}
+watched() {
+	stop wire
+	check "$1: every packet on every wire was right: $(tail -n 1 "$dir/wire")" right
+}
+right() { head -n 30 "$dir/wire"; tail -n 1 "$dir/wire" | grep -qE '^packets [1-9].* wrong 0 strays 0 lost 0$'; }
+
 ### the tailnet
 
 tailscale() { "$tailnet/tailscale" --socket="$dir/$1.sock" "${@:2}"; }

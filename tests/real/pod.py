@@ -7,11 +7,16 @@
                              GET /file  FILE
                              PUT        "NAME CLIENT-ADDRESS SHA256-OF-THE-BODY"
                              UDP        "NAME CLIENT-ADDRESS PAYLOAD", PAYLOAD cut to make
-                                        the answer as long as the question, if that is longer
+                                        the answer as long as the question, if that is longer;
+                                        asked for a "burst", a burst
   pod.py ask ADDRESS PORT FROM N [LENGTH]
                              ask by UDP from N ports, FROM and those above it, one after
                              another: one answer a line; LENGTH is the payload's. Exit 1
                              if one stays away.
+  pod.py burst ADDRESS PORT up|down
+                             40 datagrams in one go, cut up by the kernel or by whoever can
+                             do it later (UDP_SEGMENT): each is answered; or the pod sends as
+                             many. Exit 1 if after some tries one stays away or is not as sent.
 """
 import hashlib
 import http.server
@@ -65,11 +70,51 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def echo():
     s = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
     s.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
     s.bind(("::", 9090))
     while True:
         data, peer = s.recvfrom(65536)
+        if data == b"burst":
+            send_burst(s, peer)
+            continue
         head = f"{name} {plain(peer[0])} ".encode()
         s.sendto((head + data)[: max(len(data), len(head))], peer)
+
+
+SIZE, N_PARTS = 1100, 40
+
+
+def burst():
+    """The parts: each says which it is, and is as long as the others."""
+    return [b"part %03d " % i + bytes((i + k) % 251 for k in range(SIZE - 9)) for i in range(N_PARTS)]
+
+
+def send_burst(s, to):
+    s.sendmsg([b"".join(burst())], [(socket.IPPROTO_UDP, 103, SIZE.to_bytes(2, sys.byteorder))], 0, to)  # UDP_SEGMENT
+
+
+def ask_burst(address, port, way):
+    family = socket.getaddrinfo(address, None)[0][0]
+    with socket.socket(family, socket.SOCK_DGRAM) as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+        s.settimeout(1)
+        missing = set(burst())
+        for _ in range(10):  # what is lost is asked for again
+            if way == "up":
+                send_burst(s, (address, port))
+            else:
+                s.sendto(b"burst", (address, port))
+            try:
+                while missing:
+                    got, _ = s.recvfrom(65536)
+                    part = got.split(b" ", 2)[2] if way == "up" else got  # "NAME CLIENT PART", cut off
+                    if len(got) != SIZE or not any(p.startswith(part) for p in burst()):
+                        sys.exit(f"{len(got)} bytes: {got[:40]}")
+                    missing = {p for p in missing if not p.startswith(part)}
+                return
+            except TimeoutError:
+                pass
+        sys.exit(f"{len(missing)} of {N_PARTS} are missing")
 
 
 def ask(address, port, first, n, length=0):
@@ -91,5 +136,7 @@ if sys.argv[1] == "serve":
     name, file = sys.argv[2:4]
     threading.Thread(target=echo, daemon=True).start()
     Server(("::", 8080), Handler).serve_forever()
+elif sys.argv[1] == "burst":
+    ask_burst(sys.argv[2], int(sys.argv[3]), sys.argv[4])
 else:
     ask(sys.argv[2], *map(int, sys.argv[3:]))

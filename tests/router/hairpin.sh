@@ -9,6 +9,9 @@ route node2 10.43.0.0/16 fd43::/112 dev tailscale0
 route client 198.18.101.0/24 2001:db8:101::/64 dev vpn2
 route node1 198.18.101.0/24 2001:db8:101::/64 dev tailscale0
 
+in_fragments() { # FAMILY SEEN: when the pod has learnt the path's MTU
+	same "$(PATIENCE=0.5 talk guest ask udp "$(vip "$1" 15)" 80 3300 | cut -d ' ' -f 1-2)" "pod-c $2"
+}
 # hairpin NAME SEEN4 SEEN6
 hairpin() {
 	local kind family seen
@@ -20,9 +23,9 @@ hairpin() {
 			check "a router's own client, $1, IPv$family $kind: pods of both nodes" same \
 				"$(talk guest who $kind "$(vip $family 14)" 80 40 | sed -E 's/ [0-9a-f.:]+(,|$)/\1/g')" "pod-a, pod-b, pod-c, pod-d"
 		done
-		# what node2's bridge does to those of IPv6: see snat.sh
-		[ $family = 6 ] || check "a router's own client, $1, IPv$family: a datagram in fragments" same \
-			"$(talk guest ask udp "$(vip $family 15)" 80 3300 | cut -d ' ' -f 1-2)" "pod-c $seen"
+		bridge_looks node2 0
+		check "a router's own client, $1, IPv$family: a datagram in fragments" soon 5 in_fragments $family "$seen"
+		bridge_looks node2 1
 		check "a router's own client, $1, IPv$family: a large upload" same "$(talk guest mtu tcp "$(vip $family 15)" 80 | cut -d ' ' -f 1)" pod-c
 	done
 }

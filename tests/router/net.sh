@@ -197,6 +197,10 @@ forget_paths() {
 	done
 }
 
+# bridge_looks NODE 0|1: whether netfilter looks at IPv6 on its bridge. Where it does, fragments are
+# put together there, and cut up anew by the bridge's MTU, whatever the pod has learnt of the path.
+bridge_looks() { on "$1" sysctl -qw net.bridge.bridge-nf-call-ip6tables="$2" 2>/dev/null || true; }
+
 # flood_way: flood0, by which wire.c asks, and who asks there; once
 flood_way() {
 	local node

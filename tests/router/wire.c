@@ -18,7 +18,8 @@
  *                                   and right in every sum? Does the pod see who asked, or, with
  *                                   source NAT, SEEN at a port of 61000 to 65535 that nobody else
  *                                   has? Bare are those that come from the pod's own address,
- *                                   because the flow was gone already
+ *                                   because the flow was gone already. PODS is ! where each is
+ *                                   to be refused, by port unreachable or a reset
  *   wire syns ...                   the same by TCP: N SYNs, whose SYN-ACKs are the answers; who
  *                                   asked says no more, so they may come again
  *   wire forget MAP                 empties a pinned map
@@ -51,7 +52,7 @@
 #include <unistd.h>
 
 enum { TCP = 6, UDP = 17, SCTP = 132, ICMP = 1, ICMP6 = 58 };
-enum { SYN = 2, ACK = 16 };
+enum { SYN = 2, RST = 4, ACK = 16 };
 
 static volatile sig_atomic_t stop;
 
@@ -565,6 +566,30 @@ static const char *check_sender(const struct ip *ip, const struct service *servi
 	return NULL;
 }
 
+/* Port unreachable, about a datagram of ours. */
+static const char *check_refusal(const struct ip *ip, const struct service *services, int n_services, uint32_t *i)
+{
+	struct ip quote = { .at = ip->l4 + 8, .n = ip->n_l4 - 8, .quoted = true }, turned;
+	bool v4 = ip->alen == 4;
+	char text[16] = "";
+	uint8_t ports[4];
+
+	if (ip->proto != (v4 ? ICMP : ICMP6) || ip->l4[0] != (v4 ? 3 : 1) || ip->l4[1] != (v4 ? 3 : 4))
+		return "not an answer";
+	if ((v4 ? parse_v4(&quote) : parse_v6(&quote)) || quote.proto != UDP || quote.n_l4 < 8 || quote.n_l4 >= 8 + sizeof(text) ||
+	    quote.l4 + quote.n_l4 > quote.at + quote.n)
+		return "a refusal of what?";
+	memcpy(text, quote.l4 + 8, quote.n_l4 - 8);
+	if (sscanf(text, "%u", i) != 1 || *services[*i % n_services].pods != '!')
+		return "a refusal of what was not to be refused";
+	if (memcmp(ip->src, quote.dst, ip->alen) || memcmp(ip->dst, quote.src, ip->alen))
+		return "a refusal by another, or to another";
+	memcpy(ports, quote.l4 + 2, 2);
+	memcpy(ports + 2, quote.l4, 2);
+	turned = (struct ip){ .alen = ip->alen, .src = quote.dst, .dst = quote.src, .l4 = ports };
+	return check_sender(&turned, services, n_services, *i);
+}
+
 /* What is wrong with an answer, "" if it is bare; *i is which question it answers. */
 static const char *check_answer(const uint8_t *p, uint32_t len, struct service *services, int n_services, uint32_t *i)
 {
@@ -574,15 +599,19 @@ static const char *check_answer(const uint8_t *p, uint32_t len, struct service *
 	char text[512], who[128], letter;
 	uint8_t addr[16];
 	uint32_t port, seen;
+	bool refused;
 
 	if (wrong)
 		return wrong;
-	if (ip.proto == TCP && ip.l4[13] == (SYN | ACK)) {
+	if (ip.proto == TCP) {
 		*i = (get16(ip.l4 + 8) << 16 | get16(ip.l4 + 10)) - 1;
+		refused = *services[*i % n_services].pods == '!';
+		if (ip.l4[13] != ((refused ? RST : SYN) | ACK))
+			return refused ? "not a reset" : "not a SYN-ACK";
 		return check_sender(&ip, services, n_services, *i);
 	}
 	if (ip.proto != UDP)
-		return "not an answer";
+		return check_refusal(&ip, services, n_services, i);
 	len = ip.n_l4 - 8 < sizeof(text) ? ip.n_l4 - 8 : sizeof(text) - 1;
 	memcpy(text, ip.l4 + 8, len);
 	text[len] = 0;
@@ -607,15 +636,21 @@ static const char *check_answer(const uint8_t *p, uint32_t len, struct service *
 	return NULL;
 }
 
+/* The kernel begins to send by it a moment after it is opened. */
 static int flood_tun(const char *netns)
 {
 	struct ifreq ifr = { .ifr_flags = IFF_TUN | IFF_NO_PI, .ifr_name = "flood0" };
-	int fd;
+	int fd, any;
 
 	enter(netns);
 	fd = open("/dev/net/tun", O_RDWR | O_NONBLOCK);
-	if (fd < 0 || ioctl(fd, TUNSETIFF, &ifr))
+	any = socket(AF_INET, SOCK_DGRAM, 0);
+	if (fd < 0 || any < 0 || ioctl(fd, TUNSETIFF, &ifr))
 		err(1, "flood0");
+	do
+		usleep(100000);
+	while (!ioctl(any, SIOCGIFFLAGS, &ifr) && !(ifr.ifr_flags & IFF_RUNNING));
+	close(any);
 	return fd;
 }
 
