@@ -7210,7 +7210,9 @@ static int ready(const struct agent *a, struct buf *out)
 			return 503;
 		}
 	for (const struct doorway *d = a->door; d < a->door + a->n_iface; d++) {
-		if (d->attached || !if_nametoindex(d->name))
+		unsigned there = if_nametoindex(d->name);
+
+		if (!there || (d->attached && there == (unsigned)d->ifindex))
 			continue;
 		buf_printf(out, "not attached to %s: the log says why\n", d->name);
 		return 503;

@@ -942,14 +942,15 @@ static void test_metrics(void)
 		const char *iface;
 		int ifindex, status;
 	} rows[] = { { "nosuch0", 0, 200 }, { "lo", 1, 200 }, { "lo", 0, 503 }, { "lo", 999, 503 } };
-	static struct agent a = { .n_iface = 1, .status.synced = 1 };
+	static struct agent a = { .n_iface = 1, .n_doors = 1, .status.synced = 1 };
 	struct buf out = { 0 };
 
 	for (size_t i = 0; i < ARRAY_SIZE(rows); i++) {
 		int got;
 
-		strcpy(a.iface[0].name, rows[i].iface);
-		a.iface[0].ifindex = rows[i].ifindex;
+		strcpy(a.door[0].name, rows[i].iface);
+		a.door[0].ifindex = rows[i].ifindex;
+		a.door[0].attached = rows[i].ifindex;
 		got = ready(&a, &out);
 		check(got == rows[i].status, "ready", "%zu: %d, %s", i, got, out.at);
 	}
