@@ -509,7 +509,7 @@ libraries() {
 #   - labels of basic blocks: clang's names for them are not private to the assembler
 #   - DWARF, by bpftool
 bpf() {
-	local dir=build/$1 out key
+	local dir=build/$1 out key size n=0
 	out=$dir/tail_lifter
 	key=$({ recipe bpf && cat tail_lifter.bpf.c tail_lifter.h && echo "$LIB" && $CLANG --version; } | hash)
 	[ "$(cat "$out.bpf.key" 2>/dev/null)" != "$key" ] || [ ! -e "$out.skel.h" ] || return 0
@@ -525,7 +525,10 @@ bpf() {
 	bpftool gen skeleton "$TMP/tail_lifter.bpf.o" name tail_lifter >"$TMP/tail_lifter.skel.h"
 	mv "$TMP/tail_lifter.bpf.o" "$TMP/tail_lifter.skel.h" "$dir/"
 	echo "$key" >"$out.bpf.key"
-	step "$1" "tail_lifter.bpf.o, $(stat -c %s "$out.bpf.o") bytes"
+	for size in $("$TRIPLE-readelf" -SW "$out.bpf.o" | sed -n 's/.* PROGBITS  *[0-9a-f]* [0-9a-f]* \([0-9a-f]*\) 00  *AX .*/\1/p'); do
+		n=$((n + 16#$size / 8))
+	done
+	step "$1" "tail_lifter.bpf.o, $(stat -c %s "$out.bpf.o") bytes, $n instructions"
 }
 
 # === agent =================================================================

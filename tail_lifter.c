@@ -3673,19 +3673,20 @@ static bool backend_snat(const struct backend *b)
 	return opt.snat == SNAT_ON || (opt.snat == SNAT_AUTO && !b->local);
 }
 
-/* A network of backends that want source NAT: pods of a node are reached by one route, so
- * one of them is asked for. What is here once stays. */
+/* A network of backends that want source NAT: pods of another node are reached by one route, so
+ * one of them is asked for; each of this node may have a link of its own (Calico). What is
+ * here once stays. */
 struct place {
 	struct link link;
 	struct in6_addr net, addr;
 };
 
-static void place_note(struct maps *m, const struct in6_addr *addr)
+static void place_note(struct maps *m, const struct in6_addr *addr, bool local)
 {
 	struct place *p = NULL, new = { .net = *addr, .addr = *addr };
 	uint64_t hash;
 
-	addr_mask(&new.net, addr_is_v4(addr) ? 96 + 24 : 64);
+	addr_mask(&new.net, local ? 128 : addr_is_v4(addr) ? 96 + 24 : 64);
 	hash = hash64(0, &new.net, sizeof(new.net));
 	while ((p = (struct place *)table_next(&m->places, (struct link *)p, hash)))
 		if (!memcmp(&p->net, &new.net, sizeof(new.net)))
@@ -3712,7 +3713,7 @@ static void put_backend(struct writing *w, struct tl_chunk *chunk, uint32_t at,
 	};
 	memcpy(&to->addr, &b->addr, sizeof(to->addr));
 	if (backend_snat(b))
-		place_note(w->maps, &b->addr);
+		place_note(w->maps, &b->addr, b->local);
 }
 
 /* Writes the backends of an entry, at most TL_MAX_BACKENDS; the set's number is
@@ -6900,7 +6901,7 @@ static void web_tick(struct web *w, int64_t now)
  * here exits but by SIGTERM: what fails is said, and tried again when something
  * changes or a deadline comes. */
 #define MAX_IFACES 8 /* of --iface */
-#define MAX_FAR	   64 /* towards pods */
+#define MAX_FAR	   192 /* towards pods, each perhaps by a link of its own */
 #define LISTEN_AGAIN 5000 /* ms until --metrics tries again a port that others have */
 
 enum wake_tag {
