@@ -6876,6 +6876,7 @@ static void web_tick(struct web *w, int64_t now)
  * changes or a deadline comes. */
 #define MAX_IFACES 8 /* of --iface */
 #define MAX_FAR	   64 /* towards pods */
+#define LEAVE_LAST   200000 /* us in which replies under way come back; see doors_leave */
 #define LISTEN_AGAIN 5000 /* ms until --metrics tries again a port that others have */
 
 enum wake_tag {
@@ -7363,10 +7364,10 @@ static int agent_open(struct agent *a, bool once)
 	a->status.pid = getpid();
 	a->tailscaled.epoll_fd = a->epoll_fd;
 	a->tailscaled.tag = WAKE_TAILSCALED;
-	if (!bpf_map_get_next_key(maps.fd[SVC_MAP], NULL, &any)) /* of an earlier run */
-		doors_begin(a);
 	if (source_open(a, once))
 		return -1;
+	if (!bpf_map_get_next_key(maps.fd[SVC_MAP], NULL, &any)) /* of an earlier run */
+		doors_begin(a);
 	status_write(a);
 	return 0;
 }
@@ -7381,6 +7382,22 @@ static int ifaces_attached(struct agent *a)
 			     "--iface names another",
 			     d->name);
 	return n_attached(a) < a->n_iface;
+}
+
+/* If another bpffs came over ours, doors and maps go with us, and whoever came after us has its
+ * own: first those go that begin flows, so that it begins them, while replies still come back. */
+static void doors_leave(const struct agent *a)
+{
+	struct stat ours, there;
+	char name[32];
+
+	if (fstat(a->pin_fd, &ours) || (!stat(opt.pin_dir, &there) && there.st_dev == ours.st_dev))
+		return;
+	for (const struct doorway *d = a->door; d < a->door + a->n_doors; d++) {
+		snprintf(name, sizeof(name), "%s_%d", d->pods ? "to" : "from", d->ifindex);
+		unlinkat(a->pin_fd, name, 0);
+	}
+	usleep(LEAVE_LAST);
 }
 
 /* Attach, sync, and stay, unless `once`; the datapath stays when we go. */
@@ -7401,7 +7418,7 @@ static int agent_run(struct agent *a, bool once)
 		return -1;
 	api_stop(&a->api);
 	if (!once)
-		return 0;
+		return doors_leave(a), 0;
 	missing = ifaces_attached(a);
 	return opt.advertise && routes_now(&a->tailscaled.want, a->tailscaled.sure) ? -1 : missing;
 }
