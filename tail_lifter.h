@@ -165,6 +165,8 @@ static inline __u32 tl_flow_idle(__u8 proto, __u32 state)
 	return state & TL_FLOW_ANSWERED ? 86400 : 120;
 }
 
+/* New members go to the end, and keys stay as they are: flows are carried into the maps of
+ * other versions, see "doors" in tail_lifter.c. */
 struct tl_flow {
 	struct tl_addr src, dst; /* the packet becomes this */
 	__be16 sport, dport;

@@ -815,8 +815,8 @@ static void test_metrics(void)
 	for (size_t i = 0; i < ARRAY_SIZE(rows); i++) {
 		int got;
 
-		strcpy(a.iface[0].name, rows[i].iface);
-		a.iface[0].ifindex = rows[i].ifindex;
+		strcpy(a.door[0].name, rows[i].iface);
+		a.door[0].attached = rows[i].ifindex;
 		got = ready(&a, &out);
 		check(got == rows[i].status, "ready", "%zu: %d, %s", i, got, out.at);
 	}
