@@ -5016,7 +5016,7 @@ static void maps_handed_over(struct maps *m)
 	flows_carry(m);
 	while (m->n_old)
 		close(m->old_flows[--m->n_old]);
-	note("flows were carried over to another ct_map");
+	note("flows were carried over");
 }
 
 /* Both doors of all that have none yet: towards the VPN, or towards pods. The one where
@@ -7316,8 +7316,6 @@ static void loop_round(struct agent *a)
 	api_tick(&a->api, now_ms());
 	tailscaled_tick(&a->tailscaled, now_ms());
 	maps_tick(&maps, &a->model, now_ms());
-	flows_sweep(&maps, now_ms());
-	doors_tick(a, now_ms());
 }
 
 /* Where the objects come from: a file is read at once, a server is asked from
@@ -7413,8 +7411,11 @@ static int agent_run(struct agent *a, bool once)
 	if (agent_open(a, once))
 		return rmdir(opt.pin_dir), -1; /* only if there is nothing in it */
 	for (sync_now(a); !a->stop && !a->refused && !a->api.failed && !(once && maps.adopted && a->attach && !maps.dying.len);
-	     sync_now(a))
+	     sync_now(a)) {
+		doors_tick(a, now_ms());
+		flows_sweep(&maps, now_ms());
 		loop_round(a);
+	}
 	if (a->api.failed)
 		fail("%s", a->api.failed);
 	else if (once && a->stop)
