@@ -4574,11 +4574,11 @@ static int door_keep(const char *word, int ifindex, bool in)
 		old = pinned(word, ifindex);
 	snprintf(path, sizeof(path), "%s", pin_path(word, ifindex));
 	if (old < 0)
-		return errno == ENOENT ? 0 : fail("%s: %s", path, strerror(errno));
+		return errno == ENOENT ? 0 : fail("cannot pin %s: %s", path, strerror(errno));
 	if (!is_tcx_link(old, &info))
 		r = door_attach_tc(old, also, ifindex, in);
 	else if (!kept && rename(path, pin_path(also, ifindex)))
-		r = fail("cannot rename %s: %s", path, strerror(errno));
+		r = fail("cannot pin %s: %s", path, strerror(errno));
 	close(old);
 	return r;
 }
@@ -4788,16 +4788,23 @@ static int maps_reuse(struct maps *m)
 	return 0;
 }
 
-/* Files of the maps, but for those that the old programs go on with. */
+/* Files of the maps, but for those that the old programs go on with. libbpf gives them no
+ * names if it finds too little memory to see whether the kernel has names; the next would. */
 static int maps_pin(const struct maps *m)
 {
 	struct bpf_map *map;
 
-	bpf_object__for_each_map (map, bpf->obj)
+	bpf_object__for_each_map (map, bpf->obj) {
+		struct bpf_map_info info = { 0 };
+		uint32_t len = sizeof(info);
+
+		if (bpf_map_get_info_by_fd(bpf_map__fd(map), &info, &len) || !*info.name)
+			return fail("cannot make maps: %s", strerror(ENOMEM));
 		if (map_is_pinned(map) && !(m->services_late && is_of_services(map)) &&
 		    !(m->n_old && map == bpf->maps.ct_map) &&
 		    pin(bpf_map__fd(map), bpf_map__name(map), 0))
 			return -1;
+	}
 	return 0;
 }
 
@@ -4828,17 +4835,16 @@ static int datapath_verify(void)
 	if (r && loud > 1)
 		fwrite(bpf_log.at, 1, bpf_log.len, stderr);
 	buf_free(&bpf_log);
-	if (r == -EPERM || (r == -EACCES && geteuid())) /* root: the verifier */
+	if (r == -EPERM || r == -EACCES) /* EACCES: the verifier, which asks for CAP_PERFMON up to 6.12 */
 		return fail(
 			"the kernel does not let us load BPF programs (%s): run as root, or with "
-			"CAP_BPF and CAP_NET_ADMIN; -v prints what it says",
+			"CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON; -v prints what it says",
 			strerror(-r));
 	if (r)
 		return fail(
 			"this kernel does not take our BPF programs: %s; it must be 5.10 or newer "
-			"with CONFIG_BPF_SYSCALL%s; -v prints its reasons",
-			strerror(-r),
-			r == -EACCES ? ", and up to 6.12 we need CAP_PERFMON too" : "");
+			"with CONFIG_BPF_SYSCALL; -v prints its reasons",
+			strerror(-r));
 	return 0;
 }
 
@@ -4917,7 +4923,7 @@ static int link_check(const struct doorway *d)
 	for (size_t i = 0; i < ARRAY_SIZE(bare); i++)
 		if (d->type == bare[i] || is_ethernet(d->type))
 			return 0;
-	return fail("it is of a kind we cannot read (ARPHRD type %d): it must carry Ethernet or "
+	return fail("it is of a kind we cannot read (ARPHRD type %d): not Ethernet, not "
 		    "bare IP",
 		    d->type);
 }
@@ -4935,7 +4941,7 @@ static int door_note(const struct doorway *d)
 
 	memcpy(door.snat, d->snat, sizeof(door.snat));
 	return bpf_map_update_elem(maps.fd[DOOR_MAP], &d->ifindex, &door, BPF_ANY) ?
-		       fail("door_map does not take it: %s", strerror(errno)) :
+		       fail("door_map: %s", strerror(errno)) :
 		       0;
 }
 
@@ -4980,8 +4986,7 @@ static void flows_carry(const struct maps *m)
 
 		bpf_map_get_info_by_fd(m->old_flows[i], &info, &len);
 		if (!map_walk(m->old_flows[i], flow_carry, &info.value_size))
-			warn("the old ct_map could not be read (%s): its flows may be lost",
-			     strerror(errno));
+			warn("flows may be lost: %s", strerror(errno));
 	}
 }
 
@@ -5011,7 +5016,7 @@ static void maps_handed_over(struct maps *m)
 	flows_carry(m);
 	while (m->n_old)
 		close(m->old_flows[--m->n_old]);
-	note("ct_map is another one: its flows were carried over");
+	note("flows were carried over");
 }
 
 /* Both doors of all that have none yet: towards the VPN, or towards pods. The one where
@@ -6902,6 +6907,7 @@ static void web_tick(struct web *w, int64_t now)
  * changes or a deadline comes. */
 #define MAX_IFACES 8 /* of --iface */
 #define MAX_FAR	   192 /* towards pods, each perhaps by a link of its own */
+#define LEAVE_LAST   200000 /* us in which replies under way come back; see doors_leave */
 #define LISTEN_AGAIN 5000 /* ms until --metrics tries again a port that others have */
 
 enum wake_tag {
@@ -7338,8 +7344,6 @@ static void loop_round(struct agent *a)
 	api_tick(&a->api, now_ms());
 	tailscaled_tick(&a->tailscaled, now_ms());
 	maps_tick(&maps, &a->model, now_ms());
-	flows_sweep(&maps, now_ms());
-	doors_tick(a, now_ms());
 }
 
 /* Where the objects come from: a file is read at once, a server is asked from
@@ -7410,6 +7414,22 @@ static int ifaces_attached(struct agent *a)
 	return n_attached(a) < a->n_iface;
 }
 
+/* If another bpffs came over ours, doors and maps go with us, and whoever came after us has its
+ * own: first those go that begin flows, so that it begins them, while replies still come back. */
+static void doors_leave(const struct agent *a)
+{
+	struct stat ours, there;
+	char name[32];
+
+	if (fstat(a->pin_fd, &ours) || (!stat(opt.pin_dir, &there) && there.st_dev == ours.st_dev))
+		return;
+	for (const struct doorway *d = a->door; d < a->door + a->n_doors; d++) {
+		snprintf(name, sizeof(name), "%s_%d", d->pods ? "to" : "from", d->ifindex);
+		unlinkat(a->pin_fd, name, 0);
+	}
+	usleep(LEAVE_LAST);
+}
+
 /* Attach, sync, and stay, unless `once`; the datapath stays when we go. */
 static int agent_run(struct agent *a, bool once)
 {
@@ -7418,8 +7438,11 @@ static int agent_run(struct agent *a, bool once)
 	if (agent_open(a, once))
 		return rmdir(opt.pin_dir), -1; /* only if there is nothing in it */
 	for (sync_now(a); !a->stop && !a->refused && !a->api.failed && !(once && maps.adopted && a->attach && !maps.dying.len);
-	     sync_now(a))
+	     sync_now(a)) {
+		doors_tick(a, now_ms());
+		flows_sweep(&maps, now_ms());
 		loop_round(a);
+	}
 	if (a->api.failed)
 		fail("%s", a->api.failed);
 	else if (once && a->stop)
@@ -7428,7 +7451,7 @@ static int agent_run(struct agent *a, bool once)
 		return -1;
 	api_stop(&a->api);
 	if (!once)
-		return 0;
+		return doors_leave(a), 0;
 	missing = ifaces_attached(a);
 	return opt.advertise && routes_now(&a->tailscaled.want, a->tailscaled.sure) ? -1 : missing;
 }
@@ -7561,11 +7584,6 @@ static void entry_add_sources(const struct maps *m, const struct tl_svc *svc, st
 	e->n_sources = out.len / sizeof(struct cidr);
 	if (e->n_sources)
 		qsort(e->sources, e->n_sources, sizeof(struct cidr), range_order);
-	most = e->n_sources;
-	e->n_sources = 0;
-	for (int i = 0; i < most; i++)
-		if (!i || range_order(&e->sources[i], &e->sources[i - 1]))
-			e->sources[e->n_sources++] = e->sources[i];
 }
 
 /* The entry of `n` frontends. */
@@ -7904,17 +7922,30 @@ static int routes_restore(void)
 	return r == ABSENT ? 0 : r;
 }
 
+static void on_any_qdisc(void *list, const struct nlmsghdr *h)
+{
+	const struct tcmsg *t = NLMSG_DATA(h);
+
+	if (h->nlmsg_type == RTM_NEWQDISC && t->tcm_parent == TC_H_CLSACT)
+		buf_add(list, &t->tcm_ifindex, sizeof(t->tcm_ifindex));
+}
+
 /* The bpffs was lost, and with it what was attached by tcx, but not filters. */
 static void filters_detach(void)
 {
-	struct if_nameindex *all = if_nameindex();
+	struct buf list = { 0 };
+	int fd = netlink_open(0), ifindex;
 
-	for (struct if_nameindex *i = all; i && i->if_index; i++)
-		if (clsact_look(i->if_index).ours) {
-			doors_detach_tc(i->if_index, false);
-			clsact_detach(i->if_index);
-		}
-	if_freenameindex(all);
+	netlink_ask(fd, RTM_GETQDISC, 0, 0);
+	netlink_wait(fd, on_any_qdisc, &list);
+	close(fd);
+	for (size_t i = 0; i < list.len; i += sizeof(ifindex)) {
+		memcpy(&ifindex, list.at + i, sizeof(ifindex));
+		if (!clsact_look(ifindex).ours)
+			continue;
+		doors_detach_tc(ifindex, false);
+		clsact_detach(ifindex);
+	}
 }
 
 /* Leaves no trace. Nothing there is fine. */
@@ -7974,7 +8005,7 @@ static enum verdict check_privileges(int what)
 	     net ? "" : "CAP_NET_ADMIN ",
 	     bpf_too ? "" : "CAP_BPF (before Linux 5.8: CAP_SYS_ADMIN)");
 	if (net && bpf_too && !perfmon)
-		return fail("%s; up to Linux 6.12 CAP_PERFMON must be too, for the verifier", why), HINT;
+		return fail("%s; up to Linux 6.12 CAP_PERFMON must be too", why), HINT;
 	return net && bpf_too ? GOOD : MEND;
 }
 
@@ -7992,8 +8023,8 @@ static enum verdict check_kernel(int what)
 	if (bpf_link_create(prog, INT_MAX, BPF_TCX_EGRESS, NULL) < 0 && errno == ENODEV)
 		return fail("Linux %s takes the programs, and has tcx to attach them", u.release),
 		       GOOD;
-	fail("Linux %s takes the programs, and has no tcx: they will be attached by cls_bpf, which "
-	     "needs the modules sch_ingress and cls_bpf",
+	fail("Linux %s takes the programs, and has no tcx: the modules sch_ingress and cls_bpf are "
+	     "needed",
 	     u.release);
 	return HINT;
 }
@@ -8094,7 +8125,7 @@ static enum verdict check_rp_filter(int what)
 /* linux/netfilter.h, which does not go together with netinet/in.h */
 enum { NFPROTO_INET = 1, NFPROTO_IPV4 = 2, NFPROTO_IPV6 = 10, NF_INET_FORWARD = 2, NF_DROP = 0, NF_ACCEPT = 1 };
 
-/* A chain of nftables (iptables makes such ones too, if it is not the legacy one): is it one
+/* A chain of nftables (of iptables too, but for the legacy one, which is not asked): is it one
  * of those that forwarded packets go through, and drops what none of its rules accepts? */
 static void on_chain(void *found, const struct nlmsghdr *h)
 {
@@ -8120,22 +8151,11 @@ static void on_chain(void *found, const struct nlmsghdr *h)
 		}
 	if (hook != NF_INET_FORWARD || policy != NF_DROP)
 		return;
-	fail("chain %s of table %s %s drops what no rule of it accepts; if requests vanish: nft "
-	     "insert rule %s %s %s iifname %s accept, and the same with oifname",
-	     chain, families[g->nfgen_family], table, families[g->nfgen_family], table, chain,
+	fail("%s %s %s drops by default; if requests vanish: nft insert rule %s %s %s iifname %s "
+	     "accept, and with oifname",
+	     families[g->nfgen_family], table, chain, families[g->nfgen_family], table, chain,
 	     agent.door->name);
 	*dropping = 1;
-}
-
-/* Tables of legacy iptables, which only its own interface shows. */
-static bool has_legacy_tables(void)
-{
-	FILE *f = fopen("/proc/net/ip_tables_names", "re");
-	bool any = f && fgetc(f) != EOF;
-
-	if (f)
-		fclose(f);
-	return any;
 }
 
 static enum verdict check_firewall(int what)
@@ -8156,12 +8176,9 @@ static enum verdict check_firewall(int what)
 	close(fd);
 	if (dropping > 0)
 		return HINT;
-	if (dropping < 0 || has_legacy_tables())
-		return fail("not looked at%s; if requests vanish, see what drops forwarded packets: "
-			    "nft list ruleset, iptables-legacy -S FORWARD",
-			    dropping ? "" : ": legacy iptables; nftables drops nothing by default"),
-		       UNSEEN;
-	return fail("no chain drops what is forwarded by default"), GOOD;
+	if (dropping < 0)
+		return fail("cannot be looked at, see nft list ruleset"), UNSEEN;
+	return fail("no chain of nftables drops by default"), GOOD;
 }
 
 static enum verdict check_agent(int what)
@@ -8218,7 +8235,7 @@ static enum verdict check_resource(int what)
 	if (a->stop)
 		return fail("not looked at: stopped"), UNSEEN;
 	if (denied || (kind == SERVICE_CIDRS && a->api.n_said))
-		return fail("%s; packets to addresses that no service has are not dropped", why), HINT;
+		return fail("%s; packets to unused addresses are not dropped", why), HINT;
 	if (done && !a->api.n_said)
 		return fail("allowed"), GOOD;
 	lost = !reached;
@@ -8335,8 +8352,8 @@ static enum verdict check_masquerade(int what)
 			    "--snat-subnet-routes=false shows them the clients'"), GOOD;
 	if (opt.snat)
 		return fail("by --snat"), GOOD;
-	fail("tailscaled does none: pods on this node see clients' own addresses; replies of those "
-	     "on other nodes come back if flannel masquerades, else: --snat auto");
+	fail("tailscaled does none: pods see clients' own addresses; replies of those on other "
+	     "nodes need flannel, else: --snat auto");
 	return HINT;
 }
 

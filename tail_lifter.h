@@ -162,7 +162,8 @@ static inline __u32 tl_flow_idle(__u8 proto, __u32 state)
 	return state & TL_FLOW_OPEN ? 86400 : 120;
 }
 
-/* Flows outlive versions: it grows at its end only, and keys never change size. */
+/* New members go to the end, and keys stay as they are: flows are carried into the maps of
+ * other versions, see "doors" in tail_lifter.c. */
 struct tl_flow {
 	struct tl_tuple to; /* the packet becomes this */
 	__u32 state;	    /* enum tl_flow_state */
