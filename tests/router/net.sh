@@ -228,13 +228,14 @@ flood_way() {
 . ../flannel.sh
 in_ns() { on "$@"; }
 
-# rules NODE TOOL LINES: appended as they are; no_rules: none but what was there at first
+# rules NODE TOOL LINES: appended as they are; no_rules: none but what was there at first. The
+# tables stay: without one conntrack would forget to translate what it remembers as translated.
 rules() { on "$1" "$2-restore" -n; }
 no_rules() {
 	local node family table
 	for node in $nodes; do
 		for family in ip ip6; do
-			for table in filter nat; do on "$node" nft delete table $family $table 2>/dev/null || true; done
+			for table in filter nat; do on "$node" nft flush table $family $table 2>/dev/null || true; done
 		done
 	done
 }

@@ -33,6 +33,7 @@ offload off # or a quote of what had no checksum yet proves nothing
 own_server "--snat off"
 for setting in auto on; do
 	agent_stop node1 TERM
+	lifter node1 --cleanup # or what has begun without goes on without
 	agent_start node1 --snat $setting
 	own_server "--snat $setting" 192.0.2.1 2001:db8::1
 done

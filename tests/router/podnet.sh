@@ -70,13 +70,17 @@ pod_address() { # POD FAMILY
 offload off
 route node2 10.42.1.5 fd42:0:0:1::5 dev cni0 mtu 1300
 before=$(lifter node1 --status -o json)
+ports=$(on client sysctl -n net.ipv4.ip_local_port_range)
 for setting in flannel both; do
+	# ports of its own: what conntrack remembers of one setting is not the other's
+	on client sysctl -qw net.ipv4.ip_local_port_range="$([ $setting = flannel ] && echo 10000 19999 || echo 20000 29999)"
 	both_nodes $setting
 	watch
 	for family in 4 6; do podnet $setting $family; done
 	watched "podnet, $setting" strays # on its way to the other node what a pod says passes the client's host
 	no_rules
 done
+on client sysctl -qw net.ipv4.ip_local_port_range="$ports"
 after=$(lifter node1 --status -o json)
 for reason in no_port unanswered stale_reply icmp_stray; do
 	check "pods by tailscale0: none was taken for a request to us: $reason" same \

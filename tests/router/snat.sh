@@ -149,9 +149,7 @@ out=$(counter node1 snat_out)
 beside "one who masquerades all"
 check "--snat on beside one who masquerades all: none were ours" same "$(($(counter node1 snat_out) - out))" 0
 watched "snat beside others" unsure
-for family in ip ip6; do
-	for table in filter nat; do on node1 nft delete table $family $table; done
-done
+no_rules
 
 ### no port is left
 
