@@ -683,6 +683,18 @@ layer_unit() {
 	test_program unit_data-sanitized tests/unit_data.c cc-asan && "$BUILT" &&
 		test_program unit_data tests/unit_data.c && "$BUILT"
 }
+layer_demo() ( # what it promises is there
+	. tests/check.sh
+	local said status=0 words
+	test_program world tests/world.c
+	said=$(LIFTER=$PWD/tail_lifter WORLD=$BUILT tests/demo 2>&1) || status=$?
+	check "demo: exit 0" same $status 0
+	for words in "pod-a answers 100.64.0.7" "pod-b answers 100.64.0.7" "pod-a answers fd7a::7" "pod-b answers fd7a::7" \
+		"agent: running" "service: default/web" "nothing is left" "sudo tail_lifter"; do
+		check "demo: says $words" grep -F "$words" <<<"$said"
+	done
+	finish
+)
 layer_semantics() { /usr/bin/python3 tests/semantics/run; }
 layer_api() {
 	test_program follow tests/api/follow.c && test_program follow-sanitized tests/api/follow.c cc-asan &&
@@ -731,14 +743,14 @@ layer() {
 	step "" "$last, $((SECONDS - start)) s"
 }
 
-verb_test() { # [LAYER...]: unit semantics api packet netns router (the default), life, ship, real, kernels; as root
+verb_test() { # [LAYER...]: unit semantics api packet demo netns router (the default), life, ship, real, kernels; as root
 	local words one
 	as_root test "$@"
 	PASSED=0 FAILED=0
 	need ip:iproute2 ping:iputils-ping curl:curl ethtool:ethtool sysctl:procps jq:jq tc:iproute2 nft:nftables iptables:iptables openssl:openssl setpriv:util-linux \
 		strace:strace bpftool:bpftool /usr/bin/python3:python3 /usr/lib/python3/dist-packages/scapy:python3-scapy
 	verb_build
-	for words in "${@:-unit semantics api packet netns router}"; do
+	for words in "${@:-unit semantics api packet demo netns router}"; do
 		for one in $words; do
 			declare -F "layer_$one" >/dev/null || die "no such layer of tests: $one"
 			layer "$one"
