@@ -284,7 +284,7 @@ __inline_always int parse_ports(struct __sk_buff *skb, struct packet *p)
 	struct {
 		__be16 sport, dport, numbers[4];
 		__u8 length, flags;
-	} head;
+	} head = {}; /* or it is read uninitialized in speculation, which takes CAP_PERFMON */
 	bool tcp = p->tuple.proto == IPPROTO_TCP;
 
 	if (p->odd || p->end > skb->len)
@@ -638,8 +638,7 @@ static __noinline int clamp_mss(struct __sk_buff *skb, const struct packet *p)
 
 /* Makes the packet what *to says; `done` or why not. A UDP checksum of 0 means none and stays, one
  * that becomes 0 is sent as 0xffff (RFC 768, RFC 8200 8.1). */
-static __noinline int translate(struct __sk_buff *skb, struct packet *p, const struct tl_tuple *to,
-					       int done)
+static __noinline int translate(struct __sk_buff *skb, struct packet *p, const struct tl_tuple *to, int done)
 {
 	__u32 check = p->later ? 0 : checksum_offset(p);
 	__u64 flags = p->tuple.proto == IPPROTO_UDP ? BPF_F_MARK_MANGLED_0 : 0;
@@ -929,8 +928,10 @@ __inline_always int echo(struct __sk_buff *skb, struct packet *p)
 /* A source that can be written to (RFC 1122 3.2.2.6, RFC 4443 2.4 e). */
 __inline_always bool is_host(const struct packet *p)
 {
-	__u32 first = bpf_ntohl(p->v6 ? p->tuple.src.w[0] : p->tuple.src.w[3]);
+	__u32 first = p->tuple.src.w[0];
 
+	asm volatile("" : "+r"(first)); /* or clang makes a pointer of both, which takes CAP_PERFMON */
+	first = bpf_ntohl(p->v6 ? first : p->tuple.src.w[3]);
 	return first && (p->v6 ? first < 0xff000000 : first < 0xe0000000 && first >> 24 != 127);
 }
 
@@ -944,12 +945,8 @@ static __noinline int answer(struct __sk_buff *skb, struct packet *p, bool ping)
 		p->answers_since = bpf_jiffies64();
 		p->n_answers = 0;
 	}
-	if (!is_host(p) || p->n_answers++ >= TL_ANSWERS)
-		;
-	else if (ping)
-		action = echo(skb, p);
-	else if (plain)
-		action = p->tuple.proto == IPPROTO_TCP ? refuse_tcp(skb, p) : refuse_icmp(skb, p);
+	if ((ping || plain) && is_host(p) && p->n_answers++ < TL_ANSWERS)
+		action = ping ? echo(skb, p) : p->tuple.proto == IPPROTO_TCP ? refuse_tcp(skb, p) : refuse_icmp(skb, p);
 	if (action >= 0)
 		return action;
 	count(TL_UNANSWERED);
