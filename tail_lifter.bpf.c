@@ -554,8 +554,6 @@ __inline_always int use_flow(struct __sk_buff *skb, struct packet *p, struct tl_
 	flow->seen = now;
 	p->flow = *flow;
 	reason = keep_other(p);
-	if (reason == TL_STALE_REPLY)
-		flow->seen = 0; /* asked again, it says the same */
 	if (reason == TL_STALE_REPLY || (reason == TL_FLOW_TABLE && !back))
 		return reason;
 	if (reason == TL_FLOW_HEALED)

@@ -31,6 +31,7 @@ An error is told as "ERRNO from OFFENDER about DESTINATION:PORT"; "its own words
 quotes is what was sent.
 """
 import errno
+import itertools
 import os
 import select
 import socket
@@ -44,12 +45,18 @@ RECVERR = {socket.AF_INET: (socket.IPPROTO_IP, 11), socket.AF_INET6: (socket.IPP
 HOPS = {socket.AF_INET: (socket.IPPROTO_IP, 2), socket.AF_INET6: (socket.IPPROTO_IPV6, 16)}
 
 
-def connected(kind, address, port):
+# A process asks from ports of its own: conntrack, and we, remember others for minutes.
+OWN_PORTS = itertools.count(os.getpid() * 37)
+
+
+def connected(kind, address, port, own=True):
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     s = socket.socket(family, socket.SOCK_STREAM if kind == "tcp" else socket.SOCK_DGRAM)
     s.settimeout(float(os.environ.get("PATIENCE", 3)))
-    if "SOURCE" in os.environ:
-        s.bind((os.environ["SOURCE"], 0))
+    if own:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that has been closed may still wait
+    if own or "SOURCE" in os.environ:
+        s.bind((os.environ.get("SOURCE", ""), 2000 + next(OWN_PORTS) % 30000 if own else 0))
     s.connect((address, port))
     return s
 
@@ -266,7 +273,7 @@ class Flow:
         self.kind, self.to, self.where, self.broken = kind, to, None, None
         self.number = 0
         self.got = b""
-        self.s = connected(kind, address.strip("[]"), int(port))
+        self.s = connected(kind, address.strip("[]"), int(port), own=False)
         self.s.setblocking(False)
         self.answered = True
 
