@@ -513,7 +513,8 @@ static __noinline int keep_other(const struct packet *p)
 	const struct tl_flow *flow = &p->flow;
 	struct tl_tuple key = turned(&flow->to);
 	struct tl_flow *there = bpf_map_lookup_elem(&ct_map, &key),
-		       other = { turned(&p->tuple), flow->state, 0, flow->seen, flow->name, flow->seed, 0, 0 };
+		       other = { .to = turned(&p->tuple), .state = flow->state, .seen = flow->seen,
+				 .name = flow->name, .seed = flow->seed };
 
 	if (!there && !bpf_map_update_elem(&ct_map, &key, &other, BPF_NOEXIST))
 		return TL_FLOW_HEALED;

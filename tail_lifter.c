@@ -4723,7 +4723,8 @@ static int map_find(const char *word, struct bpf_map_info *info)
 		return -ENOENT;
 	if (fd >= 0 && !bpf_map_get_info_by_fd(fd, info, &len))
 		return fd;
-	fail("cannot adopt %s: %s", word, strerror(errno));
+	fail("cannot look at %s: %s%s", word, strerror(errno),
+	     errno == EPERM ? ": run as root, or with CAP_BPF and CAP_NET_ADMIN" : "");
 	close(fd);
 	return -1;
 }

@@ -123,7 +123,7 @@ soon 10 advertised >/dev/null
 
 echo "# --check with tailscaled"
 tailscale node set --advertise-routes=10.43.0.0/16,fd43::/112
-check "masquerade: off" soon 10 check_says '^ok +masquerade +tailscaled does none'
+check "masquerade: off" soon 10 check_says '^hint +masquerade +tailscaled does none.*--snat auto'
 tailscale node set --snat-subnet-routes=true
 check "masquerade: on" check_says '^ok +masquerade +by tailscaled: pods see'
 tailscale node set --snat-subnet-routes=false
