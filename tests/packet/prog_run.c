@@ -314,6 +314,8 @@ static void open_all(bool snat)
 	}
 }
 
+#define PATIENCE 6000 /* times 10 ms, for what a slow machine does at last */
+
 static pid_t living; /* the agent that stays, 0: none */
 
 static void live_end(void)
@@ -343,7 +345,7 @@ static int live_synced(__u64 since)
 	int fd;
 
 	snprintf(path, sizeof(path), "%s/agent_map", pin_dir);
-	for (int i = 0; i < 500; i++) {
+	for (int i = 0; i < PATIENCE; i++) {
 		fd = bpf_obj_get(path);
 		if (fd >= 0 && !bpf_map_lookup_elem(fd, &zero, &now) && now.synced &&
 		    now.pid == (__u32)living && now.changed > since) {
@@ -375,9 +377,12 @@ static int live(const char *file)
 		kill(living, SIGHUP);
 	if (live_synced(first ? since - 1 : since))
 		return -1;
-	if (first)
+	for (int i = 0; first && i < PATIENCE; i++, usleep(10000)) { /* doors come after the first sync */
 		open_all(false);
-	return 0;
+		if (door[0][0] >= 0 && door[0][1] >= 0 && door[1][0] >= 0 && door[1][1] >= 0)
+			return 0;
+	}
+	return first ? -1 : 0;
 }
 
 /* === rows ================================================================= */
