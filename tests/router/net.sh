@@ -97,15 +97,37 @@ router_up() {
 		address "node$n" vpn0 "100.99.0.$n/32" "fd99::$n/128"
 		route client "100.64.0.$n" "fd7a::$n" dev "vpn$n"
 		route laptop "100.99.0.$n" "fd99::$n" dev "vpn$n"
-		on "node$n" nft -f - <<-'E' # as kube-proxy has it
+		on "node$n" nft -f - <<-'E' # as kube-proxy has it; the sets tell who it was
 			table inet watch {
+				set who {
+					typeof meta l4proto . @th,0,32 . @th,96,32
+					flags dynamic
+					size 64
+				}
+				set from {
+					typeof ip saddr . ip daddr
+					flags dynamic
+					size 64
+				}
+				set from6 {
+					typeof ip6 saddr . ip6 daddr
+					flags dynamic
+					size 64
+				}
+				chain odd {
+					counter
+					add @who { meta l4proto . @th,0,32 . @th,96,32 }
+					add @from { ip saddr . ip daddr }
+					add @from6 { ip6 saddr . ip6 daddr }
+					drop
+				}
 				chain forward {
 					type filter hook forward priority 0
-					ct state invalid counter drop
+					ct state invalid jump odd
 				}
 				chain input {
 					type filter hook input priority 0
-					ct state invalid counter drop
+					ct state invalid jump odd
 				}
 			}
 		E
