@@ -440,6 +440,8 @@ build_mbedtls() {
 	mbedtls_config >"$LIB/include/tls_config.h"
 	cp -r "$SRC"/mbedtls/include/{mbedtls,psa} "$LIB/include/"
 	compile "$OBJ/mbedtls" $FLAGS -w -I"$LIB/include" -I"$SRC/mbedtls/library" "$TLS_CONFIG" -- "$SRC"/mbedtls/library/*.c
+	# every byte of a list goes through these: twice as fast for 1 kB
+	compile "$OBJ/mbedtls" $FLAGS -O2 -w -I"$LIB/include" -I"$SRC/mbedtls/library" "$TLS_CONFIG" -- "$SRC"/mbedtls/library/{chacha20,poly1305}.c
 	archive "$LIB/lib/libmbedtls.a" "$OBJ/mbedtls"
 }
 TLS_CONFIG='-DMBEDTLS_CONFIG_FILE="tls_config.h"'

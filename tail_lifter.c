@@ -986,7 +986,9 @@ struct grammar {
 /* One byte, if it is among these. */
 static bool grammar_any(struct grammar *g, const char *of)
 {
-	if (g->at == g->end || !*g->at || !strchr(of, *g->at))
+	while (*of && g->at < g->end && *of != *g->at)
+		of++;
+	if (!*of || g->at == g->end)
 		return false;
 	g->at++;
 	return true;
@@ -1066,6 +1068,8 @@ static bool grammar_value(struct grammar *g, int depth)
 	static const char *const words[] = { "true", "false", "null" };
 	bool object = grammar_is(g, "{");
 
+	if (g->at < g->end && *g->at == '"' && !object)
+		return grammar_string(g);
 	if (!object && !grammar_any(g, "[")) {
 		for (size_t i = 0, n; i < ARRAY_SIZE(words); i++)
 			if ((size_t)(g->end - g->at) >= (n = strlen(words[i])) &&
@@ -1073,7 +1077,7 @@ static bool grammar_value(struct grammar *g, int depth)
 				g->at += n;
 				return true;
 			}
-		return g->at < g->end && *g->at == '"' ? grammar_string(g) : grammar_number(g);
+		return grammar_number(g);
 	}
 	g->deepest = depth > g->deepest ? depth : g->deepest;
 	if (depth > MAX_DEPTH + 1) /* one more, for an event around its object */
@@ -1432,6 +1436,28 @@ static void split_head(struct split *s, char c, size_t n)
 	}
 }
 
+/* How many bytes are surely of what was begun: a string, and what is nested so
+ * deep that neither an item nor a head can end in it; but for white space. */
+static size_t split_run(struct split *s, const char *at, size_t n)
+{
+	size_t i = 0, plain;
+
+	for (; i < n && (s->in_string || (s->depth > 2 && !json_space(at[i]))); i++) {
+		char c = at[i];
+
+		if (!s->in_string) {
+			s->in_string = c == '"';
+			s->depth += (c == '{' || c == '[') - (c == '}' || c == ']');
+		} else if (!s->escaped && (plain = json_plain(at + i, n - i))) {
+			i += plain - 1;
+		} else {
+			s->in_string = s->escaped || c != '"';
+			s->escaped = !s->escaped && c == '\\';
+		}
+	}
+	return i;
+}
+
 /* Takes bytes from *at, *n (both advance) until something is whole:
  * SPLIT_EVENTS: objects one after another, each an ITEM.
  * SPLIT_LIST: objects one after another. What stands in an "items" array comes
@@ -1447,16 +1473,12 @@ static enum split_got split_feed(struct split *s, const char **at, size_t *n)
 		char c = **at;
 		size_t before;
 
-		used = 1;
-		if (s->in_string) {
-			size_t plain = s->escaped ? 0 : json_plain(*at, *n);
-
-			used = plain ? plain : 1;
-			s->in_string = plain || s->escaped || c != '"';
-			s->escaped = !plain && !s->escaped && c == '\\';
+		used = split_run(s, *at, *n);
+		if (used) {
 			split_keep(s, *at, used);
 			continue;
 		}
+		used = 1;
 		if (json_space(c)) {
 			s->space = true;
 			s->seen -= !s->depth;

@@ -12,6 +12,10 @@ route node1 10.42.1.0/24 fd42:0:0:1::/64 dev tailscale0
 route node2 10.42.0.0/24 fd42::/64 dev tailscale0
 route node2 100.64.0.0/24 fd7a::/64 dev tailscale0
 world_start client "$WORLD" pod client 8080
+# The kernel tells by a redirect now and then, in IPv6 always, that a packet left by the link by which
+# it came. On a tailnet it would end at the other side; here that forwards it, is told that the sender
+# is of the link only, and the answer is of no flow that conntrack knows.
+on client nft insert rule ip6 strict prerouting icmpv6 type nd-redirect drop
 
 node1_at() { [ "$1" = 4 ] && echo 100.64.0.1 || echo fd7a::1; }
 # pods_see SETTING FAMILY: whom pods of this node see of the client, then of the other
@@ -91,6 +95,7 @@ ip -n "$(world_ns node2)" route delete 10.42.1.5
 ip -n "$(world_ns node2)" -6 route delete fd42:0:0:1::5
 offload on
 
+on client nft delete rule ip6 strict prerouting handle "$(on client nft -a list chain ip6 strict prerouting | sed -n 's/.*nd-redirect drop # handle //p')"
 for net in 10.42.0.0/24 10.42.1.0/24; do ip -n "$(world_ns client)" route delete $net; done
 for net in fd42::/64 fd42:0:0:1::/64; do ip -n "$(world_ns client)" -6 route delete $net; done
 route node1 10.42.1.0/24 fd42:0:0:1::/64 via 192.0.2.2 2001:db8::2 dev lan
