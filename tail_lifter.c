@@ -3530,6 +3530,7 @@ static const char *const map_names[N_MAPS] = { "text_map", "net_map",  "set_map"
 
 #define KEY_MOST    28	  /* bytes of the longest key below */
 #define MAX_PLACES  16384 /* networks of pods; a node has one or two */
+#define MAX_NAMES   16384 /* of nodes; Kubernetes is made for 5,000. No server shall fill text_map with them */
 #define SET_GRACE   1000  /* ms; the datapath holds on to a set for microseconds */
 #define SWEEP_LEAST 60000 /* ms from one sweep of ct_map to the next */
 #define SWEEP_GRACE 5	  /* seconds that a flow may be over before it is deleted */
@@ -3558,7 +3559,8 @@ struct programmed {
 };
 
 /* How many hold an element: services an address, backends the name of their node.
- * Those names are not in the services' lists, and stay until the next start: they are few. */
+ * Those names are not in the services' lists, and stay until the next start: they are few,
+ * and of more than MAX_NAMES backends are shown without. */
 struct shared {
 	struct link link;
 	struct element element;
@@ -3575,6 +3577,7 @@ struct dying {
 static struct maps {
 	int fd[N_MAPS];
 	struct table shared;
+	int names; /* of nodes, in pieces */
 	struct buf dying; /* struct dying, in the order of their ends */
 	struct buf ranges; /* elements of net_map that are no service's; sorted */
 	struct table places; /* struct place */
@@ -3683,8 +3686,8 @@ static uint64_t write_text(struct writing *w, const char *text, size_t n, bool s
 		e.text.piece = at / TL_TEXT;
 		if (!shared)
 			write_element(w, &e, &piece, true);
-		else if (shared_count(w->maps, &e, 1) == 1)
-			bpf_map_update_elem(w->maps->fd[TEXT_MAP], e.bytes, &piece, BPF_ANY);
+		else if (w->maps->names < MAX_NAMES && shared_count(w->maps, &e, 1) == 1)
+			w->maps->names += !bpf_map_update_elem(w->maps->fd[TEXT_MAP], e.bytes, &piece, BPF_ANY);
 	}
 	return e.text.text;
 }
