@@ -8151,7 +8151,7 @@ static enum verdict check_rp_filter(int what)
 /* linux/netfilter.h, which does not go together with netinet/in.h */
 enum { NFPROTO_INET = 1, NFPROTO_IPV4 = 2, NFPROTO_IPV6 = 10, NF_INET_FORWARD = 2, NF_DROP = 0, NF_ACCEPT = 1 };
 
-/* A chain of nftables (of iptables too, but for the legacy one, which is not asked): is it one
+/* A chain of nftables (of iptables too, but for the legacy one): is it one
  * of those that forwarded packets go through, and drops what none of its rules accepts? */
 static void on_chain(void *found, const struct nlmsghdr *h)
 {
@@ -8184,6 +8184,48 @@ static void on_chain(void *found, const struct nlmsghdr *h)
 	*dropping = 1;
 }
 
+/* The same of the legacy iptables, whose headers do not go together with netinet/in.h either:
+ * what the kernel's struct ipt_getinfo, ipt_get_entries and ipt_entry or ip6t_entry are. A chain
+ * ends with its policy. 0 if it drops nothing, or there is no such table: asking would make it. */
+static int legacy_drops(bool v4)
+{
+	struct {
+		char table[32];
+		uint32_t hooks, begin[5], policy[5], n, size;
+	} info = { .table = "filter" };
+	const int get_info = 64, get_entries = 65, level = v4 ? SOL_IP : SOL_IPV6;
+	FILE *names = fopen(v4 ? "/proc/net/ip_tables_names" : "/proc/net/ip6_tables_names", "re");
+	socklen_t len = sizeof(info);
+	bool there = false;
+	char line[64], *all;
+	uint16_t target;
+	int32_t verdict = 0;
+	int fd, err;
+
+	while (names && fgets(line, sizeof(line), names))
+		there |= !strcmp(line, "filter\n");
+	if (names)
+		fclose(names);
+	if (!there)
+		return names || errno == ENOENT ? 0 : -1;
+	fd = socket(v4 ? AF_INET : AF_INET6, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+	err = getsockopt(fd, level, get_info, &info, &len);
+	len = 40 + info.size; /* the entries begin at a multiple of 8 */
+	all = mem(NULL, len);
+	memcpy(all, info.table, 32);
+	memcpy(all + 32, &info.size, 4);
+	err = err || getsockopt(fd, level, get_entries, all, &len);
+	close(fd);
+	if (!err) {
+		char *entry = all + 40 + info.policy[NF_INET_FORWARD];
+
+		memcpy(&target, entry + (v4 ? 88 : 140), sizeof(target));
+		memcpy(&verdict, entry + target + 32, sizeof(verdict));
+	}
+	free(all);
+	return err ? -1 : verdict == -NF_DROP - 1;
+}
+
 static enum verdict check_firewall(int what)
 {
 	struct {
@@ -8193,7 +8235,7 @@ static enum verdict check_firewall(int what)
 			 .nlmsg_type = NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_GETCHAIN,
 			 .nlmsg_flags = NLM_F_REQUEST | NLM_F_DUMP } };
 	bool none = access("/sys/module/nf_tables", F_OK) && !access("/proc/modules", F_OK);
-	int fd, dropping = 0;
+	int fd, dropping = 0, legacy = legacy_drops(true), legacy6 = legacy_drops(false);
 
 	(void)what;
 	fd = none ? -1 : socket(AF_NETLINK, SOCK_RAW | SOCK_NONBLOCK | SOCK_CLOEXEC, NETLINK_NETFILTER);
@@ -8202,9 +8244,16 @@ static enum verdict check_firewall(int what)
 	close(fd);
 	if (dropping > 0)
 		return HINT;
-	if (dropping < 0)
-		return fail("cannot be looked at, see nft list ruleset"), UNSEEN;
-	return fail("no chain of nftables drops by default"), GOOD;
+	if (legacy > 0 || legacy6 > 0) {
+		const char *tool = legacy > 0 ? "iptables-legacy" : "ip6tables-legacy";
+
+		fail("FORWARD of %s drops by default; if requests vanish: %s -I FORWARD -i %s -j "
+		     "ACCEPT, and with -o", tool, tool, agent.door->name);
+		return HINT;
+	}
+	if (dropping < 0 || legacy < 0 || legacy6 < 0)
+		return fail("cannot be looked at, see nft list ruleset and iptables-legacy -S"), UNSEEN;
+	return fail("no chain drops by default"), GOOD;
 }
 
 static enum verdict check_agent(int what)
