@@ -109,20 +109,6 @@ done
 ip -n "$(world_ns hop)" route delete 10.42.9.5
 ip -n "$(world_ns hop)" -6 route delete fd42:0:0:9::5
 
-### nothing is remembered
-
-for way in $ways; do flows_start "${way/:/}" "${way%:*}" 2 "$(vip_port "${way#*:}" 15 80)"; done
-talking=${ways//:/}
-# shellcheck disable=SC2086 # words
-{
-	check "--snat auto: 8 conversations" round $talking
-	agent_stop node1 KILL
-	snat_start auto
-	check "--snat auto: another agent, they go on" round $talking
-	"$WIRE" forget "$(pins node1)/ct_map" >/dev/null
-	check "--snat auto: lost maps, they go on" round $talking
-}
-
 ### a link for each pod, as Calico has it: no bridge, a route to each
 
 for pod in p q; do
@@ -199,6 +185,20 @@ lifter node1 --cleanup
 check "--snat on: links of pods, --cleanup leaves nothing" same "$(trace)" "$before"
 objects=$usual linked=
 snat_start auto
+
+### nothing is remembered
+
+for way in $ways; do flows_start "${way/:/}" "${way%:*}" 2 "$(vip_port "${way#*:}" 15 80)"; done
+talking=${ways//:/}
+# shellcheck disable=SC2086 # words
+{
+	check "--snat auto: 8 conversations" round $talking
+	agent_stop node1 KILL
+	snat_start auto
+	check "--snat auto: another agent, they go on" round $talking
+	"$WIRE" forget "$(pins node1)/ct_map" >/dev/null
+	check "--snat auto: lost maps, they go on" round $talking
+}
 
 ### beside who masquerades already
 
