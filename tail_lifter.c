@@ -6985,9 +6985,16 @@ static struct doorway *door_find(struct agent *a, int ifindex)
 static struct doorway *far_add(struct agent *a, int ifindex)
 {
 	struct doorway *d = door_find(a, ifindex);
+	static bool said;
 
-	if (d || a->n_doors == a->n_iface + MAX_FAR)
+	if (d)
 		return d;
+	if (a->n_doors == a->n_iface + MAX_FAR) {
+		if (!said)
+			warn("more than %d interfaces towards pods: source NAT is missing towards some", MAX_FAR);
+		said = true;
+		return NULL;
+	}
 	d = &a->door[a->n_doors++];
 	*d = (struct doorway){ .ifindex = ifindex, .pods = true };
 	link_look(d);

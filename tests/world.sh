@@ -126,16 +126,18 @@ world_sums_right() {
 }
 
 # The wire is watched, by $WIRE (router/wire.c).
-# watch: every packet on every interface of the world. watched NAME [WHAT...]: there was nothing
+# watch [N]: every packet on every interface of the world, or one in N, by chance: a million are
+# more than can be looked at. watched NAME [WHAT...]: there was nothing
 # wrong, but there may have been WHAT: unsure, checksums in quotes of packets that had none yet;
 # strays, pods' answers that met no flow; lost, packets that came too fast to be looked at
 watch() {
 	local host list=()
+	looked_at=${1:+1/$1}
 	for host in "${world_hosts[@]}"; do
 		case $host in client | laptop | guest*) list+=("$(world_ns "$host"),10.42.,fd42:") ;; *) list+=("$(world_ns "$host")") ;; esac
 	done
 	: >"$world_dir/wire"
-	"$WIRE" check "${list[@]}" >"$world_dir/wire" &
+	"$WIRE" check ${looked_at:+"$looked_at"} "${list[@]}" >"$world_dir/wire" &
 	watcher=$!
 	world_pids+=("$watcher")
 	soon 5 grep -q ready "$world_dir/wire"
@@ -145,9 +147,9 @@ watched() {
 	kill "$watcher"
 	wait "$watcher" || status=$?
 	line=$(tail -n 1 "$world_dir/wire")
-	echo "wire $1: $line"
+	echo "wire $1${looked_at:+, one in ${looked_at#*/}}: $line"
 	for may in "${@:2}"; do line=$(sed "s/ $may [0-9]*/ $may 0/" <<<"$line"); done
-	check "$1: every packet on every wire was right" right
+	check "$1: every packet${looked_at:+ that was looked at} on every wire was right" right
 }
 right() { [ $status = 0 ] && [[ $line == *" unsure 0 wrong 0 strays 0 lost 0" ]] || { head -n 30 "$world_dir/wire"; return 1; }; }
 

@@ -87,7 +87,9 @@ watched "a table too small" unsure strays lost # it may be more than can be look
 
 agent_stop node1 TERM
 agent_start node1
+watch 50
 flood "a usual table" flood 1000000 1000000
+watched "a usual table" unsure strays
 check "a usual table: no conversation was cut off" nobody_lost
 check "a usual table: not one answer in a thousand met no flow" test $((bare * 1000)) -le "$answered"
 # Nobody listens to a second SYN-ACK; thousands of them at once are in the others' way.

@@ -163,6 +163,12 @@ declare -A pod_at=([a]="10.42.0.5 fd42::5 node1" [b]="10.42.0.6 fd42::6 node1" [
 	[d]="10.42.1.6 fd42:0:0:1::6 node2" [h]="10.42.9.5 fd42:0:0:9::5 hop"
 	[n]="192.0.2.1 2001:db8::1 node1" [m]="192.0.2.2 2001:db8::2 node2") # the nodes themselves
 
+pod_address() { # POD FAMILY
+	local four six
+	read -r four six _ <<<"${pod_at[$1]}"
+	[ "$2" = 4 ] && echo "$four" || echo "$six"
+}
+
 # slice NAME FAMILY PORT TARGET PODS: its endpoints of that family and target port
 slice() {
 	local pod four six node list=

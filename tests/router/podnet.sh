@@ -65,11 +65,6 @@ podnet() {
 	check "$name: TCP learns the MTU" same "$(talk client mtu tcp "$to" 80)" "pod-c mtu 1420 then 1300"
 	forget_paths
 }
-pod_address() { # POD FAMILY
-	local four six
-	read -r four six _ <<<"${pod_at[$1]}"
-	[ "$2" = 4 ] && echo "$four" || echo "$six"
-}
 
 offload off
 route node2 10.42.1.5 fd42:0:0:1::5 dev cni0 mtu 1300

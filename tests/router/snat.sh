@@ -41,10 +41,11 @@ trace() { # what could be left behind
 	find "$(pins node1)" 2>/dev/null || true
 }
 
-# snat_start auto|on [OPTION...]: the agent, at work towards pods too
+# snat_start auto|on [OPTION...]: the agent, at work towards pods too; $linked: see below
+linked=
 snat_start() {
 	agent_start node1 --snat "$@"
-	check "--snat $1: there are doors towards pods" soon 5 doors_are "$([ "$1" = on ] && echo "cni0 ")lan to-hop"
+	check "--snat $1: there are doors towards pods" soon 5 doors_are "$([ "$1" = on ] && echo "${linked}cni0 ")lan to-hop"
 }
 doors_are() {
 	same "$(lifter node1 --status -o json | jq -r '[.interfaces[].name | select(. != "tailscale0" and . != "vpn0" and . != "flood0")] | sort | join(" ")')" "$1"
@@ -108,6 +109,83 @@ done
 ip -n "$(world_ns hop)" route delete 10.42.9.5
 ip -n "$(world_ns hop)" -6 route delete fd42:0:0:9::5
 
+### a link for each pod, as Calico has it: no bridge, a route to each
+
+for pod in p q; do
+	n=$([ $pod = p ] && echo 5 || echo 6)
+	linked+="cali-$pod "
+	world_host pod-$pod
+	router_host pod-$pod
+	joined node1 cali-$pod pod-$pod eth0
+	address pod-$pod eth0 10.42.5.$n/32 fd42:0:0:5::$n/128
+	route pod-$pod 169.254.1.1 fd42:0:0:5::1 dev eth0
+	route pod-$pod default default via 169.254.1.1 fd42:0:0:5::1 dev eth0
+	mac=$(on node1 ip -j link show cali-$pod | jq -r ".[0].address") # Calico's node answers who asks for it
+	for gateway in 169.254.1.1 fd42:0:0:5::1; do ip -n "$(world_ns pod-$pod)" neighbour add $gateway lladdr "$mac" dev eth0; done
+	route node1 10.42.5.$n fd42:0:0:5::$n dev cali-$pod
+	world_start pod-$pod "$WORLD" pod pod-$pod 8080
+	pod_at[$pod]="10.42.5.$n fd42:0:0:5::$n node1"
+done
+route_source() { on node1 ip -j route get "$(pod_address "$1" "$2")" | jq -r '.[0].prefsrc'; }
+links_of_pods() { # SETTING: to each, and from the address of its route
+	local way host family kind pod seen
+	for way in $ways; do
+		host=${way%:*} family=${way#*:}
+		for pod in p q; do
+			seen="$(route_source $pod "$family") ours"
+			[ "$1" = on ] || seen=$(own "$host" "$family")
+			for kind in tcp udp; do
+				check "--snat $1, $(link "$host"), IPv$family, $kind: pod-$pod by its own link" same \
+					"$(asks "$host" $kind "$family" "$([ $pod = p ] && echo 37 || echo 38)")" "pod-$pod $seen"
+			done
+		done
+	done
+}
+usual=$objects objects=$world_dir/linked.json
+{
+	cat "$usual"
+	service linked-p 37 80 8080=p
+	service linked-q 38 80 8080=q
+} >"$objects"
+agent_stop node1 TERM
+lifter node1 --cleanup
+before=$(trace)
+watch
+snat_start auto
+links_of_pods auto
+lifter node1 --cleanup # or what has begun without goes on without
+snat_start on
+links_of_pods on
+watched "snat, links of pods" unsure
+ip -n "$(world_ns node1)" link set cali-p down # and its routes go
+check "--snat on: a pod's route goes, and the door" soon 5 doors_are "cali-q cni0 lan to-hop"
+ip -n "$(world_ns node1)" link set cali-p up
+route node1 10.42.5.5 fd42:0:0:5::5 dev cali-p
+check "--snat on: they come back" soon 5 doors_are "${linked}cni0 lan to-hop"
+links_of_pods on
+
+# More than there are doors for.
+for n in {1..200}; do pod_at[x$n]="10.42.6.$n fd42:0:0:6::$n node1"; done
+{
+	for n in {1..199..2}; do echo "link add x$n group 7 type veth peer name x$((n + 1))"; done
+	for n in {1..200}; do printf '%s\n' "link set x$n up" "route add 10.42.6.$n dev x$n"; done
+} | on node1 ip -b -
+service many 39 80 8080="$(printf 'x%d ' {1..200})" >>"$objects"
+many() {
+	same "$(lifter node1 --status -o json | jq '[.interfaces[].name | select(. != "tailscale0" and . != "vpn0")] | length')" 192
+	grep -F "more than 192 interfaces towards pods: source NAT is missing towards some" "$world_dir/agent.log"
+}
+kill -HUP "${agent[node1]}"
+check "--snat on: more links than doors, as many as there are, and that is said" soon 20 many
+check "--snat on: more links than doors, who is there answers" same \
+	"$(for n in 11 15 37 38; do asks client tcp 4 $n | cut -d ' ' -f 1; done | xargs)" "pod-a pod-c pod-p pod-q"
+agent_stop node1 TERM
+ip -n "$(world_ns node1)" link delete group 7
+lifter node1 --cleanup
+check "--snat on: links of pods, --cleanup leaves nothing" same "$(trace)" "$before"
+objects=$usual linked=
+snat_start auto
+
 ### nothing is remembered
 
 for way in $ways; do flows_start "${way/:/}" "${way%:*}" 2 "$(vip_port "${way#*:}" 15 80)"; done
@@ -156,8 +234,10 @@ no_rules
 flood_way
 agent_stop node1 TERM
 snat_start auto --flows 262144 # so that it is ports that run out
+# The node's own, with the same pod.
+flows_start own node1 4 10.42.1.5:8080 "[fd42:0:0:1::5]:8080"
 # shellcheck disable=SC2086 # words
-check "ports: 8 conversations" round $talking
+check "ports: 8 conversations, and 8 of this node's own" round $talking own
 on pod-c sysctl -qw net.ipv4.tcp_synack_retries=0 # nobody listens to a second one
 told() { cat "$world_dir/flood"; [ $status = 0 ]; }
 for kind in flood syns; do
@@ -174,8 +254,28 @@ for kind in flood syns; do
 	check "$name: whoever got none was counted" test "$missing" -ge 0 -a "$missing" -le $((sent / 100))
 done
 # shellcheck disable=SC2086 # words
-check "ports: who had one goes on" round $talking
-for name in $talking; do flows_end "$name"; done
+check "ports: who had one goes on, and this node's own" round $talking own
+for kind in tcp udp; do
+	for family in 4 6; do
+		check "ports: this node itself still gets one, IPv$family $kind" same \
+			"$(talk node1 ask $kind "$(pod_address c "$family")" 8080 | cut -d ' ' -f 1-2)" "pod-c $(node_at "$family" c)"
+	done
+done
+# What conntrack knows of a flow of ours is the client and the pod, by no port of ours.
+# shellcheck disable=SC2086 # words
+flows_ports $talking >"$world_dir/ours"
+flows_ports own >"$world_dir/own"
+of_range() { same "$(awk -v a="$2" -v z="$3" '$2 >= a && $2 <= z' "$world_dir/$1" | wc -l)" 8; } # FILE FIRST LAST: all of them
+check "ports: ours are above those that the node takes for itself" of_range ours 61000 65535
+check "ports: and the node's own are below" of_range own 1 60999
+# shellcheck disable=SC2016 # of awk
+tracked() { # conntrack holds all conversations, and nothing of this node's addresses at a port of ours
+	on node1 awk 'NR == FNR { ours[$2]; next } / dport=8080 / { n++ }
+		/=(192\.0\.2\.1|2001:0db8:[0:]*:0001) / { for (i = 1; i <= NF; i++) if ($i ~ /^[sd]port=/ && substr($i, 7) in ours) { print; bad = 1 } }
+		END { print n " at port 8080"; exit bad || n < 16 }' "$world_dir/ours" /proc/net/nf_conntrack
+}
+check "ports: conntrack knows no connection by one of ours" tracked
+for name in $talking own; do flows_end "$name"; done
 
 agent_stop node1 TERM
 lifter node1 --cleanup

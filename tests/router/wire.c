@@ -2,7 +2,8 @@
  *
  * wire.c: what the tests of layer `router` need on the wire.
  *
- *   wire check NETNS[,FROM...]...   looks at every packet on every interface of these
+ *   wire check [1/N] NETNS[,FROM...]...
+ *                                   looks at every packet, or by chance at one in N, on every interface of these
  *                                   namespaces, both ways, and computes its lengths and
  *                                   checksums anew: IPv4 header, TCP, UDP, SCTP, ICMP, ICMPv6, what
  *                                   ICMP errors quote, fragments when they are whole. Says
@@ -435,8 +436,15 @@ static bool take(struct watch *w)
 	return true;
 }
 
-static void watch_open(struct watch *w, char *arg)
+static void watch_open(struct watch *w, char *arg, uint32_t one_in)
 {
+	struct sock_filter sample[] = {
+		BPF_STMT(BPF_LD | BPF_W | BPF_ABS, SKF_AD_OFF + SKF_AD_RANDOM),
+		BPF_STMT(BPF_ALU | BPF_MOD | BPF_K, one_in),
+		BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, 0, 0, 1),
+		BPF_STMT(BPF_RET | BPF_K, ~0),
+		BPF_STMT(BPF_RET | BPF_K, 0),
+	};
 	int on = 1, room = 64 << 20;
 	char *save;
 
@@ -447,6 +455,7 @@ static void watch_open(struct watch *w, char *arg)
 	w->fd = socket(AF_PACKET, SOCK_RAW, 0);
 	if (w->fd < 0 || setsockopt(w->fd, SOL_PACKET, PACKET_AUXDATA, &on, sizeof(on)) ||
 	    setsockopt(w->fd, SOL_SOCKET, SO_RCVBUFFORCE, &room, sizeof(room)) ||
+	    setsockopt(w->fd, SOL_SOCKET, SO_ATTACH_FILTER, &(struct sock_fprog){ 5, sample }, sizeof(struct sock_fprog)) ||
 	    bind(w->fd, (struct sockaddr *)&(struct sockaddr_ll){ .sll_family = AF_PACKET, .sll_protocol = htons(3) },
 		 sizeof(struct sockaddr_ll)))
 		err(1, "packet socket");
@@ -457,11 +466,14 @@ static int check(int argc, char **arg)
 	struct watch watches[32] = { 0 };
 	struct pollfd polls[32];
 	struct tpacket_stats lost;
+	uint32_t one_in = 1;
 
-	if (argc < 1 || argc > 32)
+	if (argc && sscanf(arg[0], "1/%u", &one_in) == 1)
+		argc--, arg++;
+	if (argc < 1 || argc > 32 || one_in < 1)
 		errx(2, "wire check: 1 to 32 namespaces");
 	for (int i = 0; i < argc; i++) {
-		watch_open(&watches[i], arg[i]);
+		watch_open(&watches[i], arg[i], one_in);
 		polls[i] = (struct pollfd){ watches[i].fd, POLLIN, 0 };
 	}
 	puts("ready");
@@ -754,6 +766,6 @@ int main(int argc, char **argv)
 		return flood(argc - 2, argv + 2, argv[1][0] == 's');
 	if (argc == 3 && !strcmp(argv[1], "forget"))
 		return forget(argv[2]);
-	fprintf(stderr, "usage: wire check NETNS[,FROM...]... | wire flood|syns NETNS N RATE SECONDS ADDRESS:PORT=PODS[@SEEN]... | wire forget MAP\n");
+	fprintf(stderr, "usage: wire check [1/N] NETNS[,FROM...]... | wire flood|syns NETNS N RATE SECONDS ADDRESS:PORT=PODS[@SEEN]... | wire forget MAP\n");
 	return 2;
 }
