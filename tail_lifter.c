@@ -8439,6 +8439,26 @@ static enum verdict check_masquerade(int what)
 	return HINT;
 }
 
+/* Ours and the node's own must not be the same: conntrack would give its answers to one of them. */
+static enum verdict check_ports(int what)
+{
+	FILE *f = fopen("/proc/sys/net/ipv4/ip_local_port_range", "re");
+	int least, last = 0;
+
+	(void)what;
+	if (f && fscanf(f, "%d %d", &least, &last) != 2)
+		last = 0;
+	if (f)
+		fclose(f);
+	if (!opt.snat)
+		return fail("none is taken: no --snat"), GOOD;
+	if (!last)
+		return fail("cannot be read: net.ipv4.ip_local_port_range"), UNSEEN;
+	fail("--snat takes those from %d, this node's own are up to %d%s", TL_SNAT_LEAST, last,
+	     last < TL_SNAT_LEAST ? "" : ": sysctl -w net.ipv4.ip_local_port_range='32768 60999'");
+	return last < TL_SNAT_LEAST ? GOOD : HINT;
+}
+
 static const struct {
 	const char *name;
 	enum verdict (*look)(int what);
@@ -8466,6 +8486,7 @@ static const struct {
 	{ "service CIDR advertised", check_advertised, 0 },
 	{ "second router", check_routers, 0 },
 	{ "masquerade", check_masquerade, 0 },
+	{ "source ports", check_ports, 0 },
 };
 
 /* A line for each; 1 if something must be fixed. */
