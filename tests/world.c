@@ -380,6 +380,9 @@ static void talk_hear(struct talk *t, int64_t now)
 	}
 	if (t->fd && t->tcp && errno != EAGAIN && errno != ENOTCONN && !t->end)
 		t->end = errno;
+	if (t->end && !t->visitor)
+		fprintf(stderr, "%jd: flow %d: ended after %ju: %s\n", (intmax_t)time(NULL), (int)(t - lasting),
+			(uintmax_t)t->back, strerror(t->end));
 }
 
 static bool talk_waits(const struct talk *t)
