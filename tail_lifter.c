@@ -4324,6 +4324,9 @@ static bool route_find(int fd, const struct in6_addr *to, struct route *r)
  *     ct_map           old      old   old   new   new
  *     from_IFINDEX     old      old   old   new   new    (of the VPN: here flows begin)
  *
+ * Where both have a say the new one goes first, but behind the old one towards pods: there it
+ * would begin what it has not got yet, from another source port.
+ *
  * They are carried over after 2, and after 3 those begun meanwhile. Whoever finds this half
  * done does it again: of two flows in one place that counts which was used last. So members
  * of struct tl_flow are only ever added, at its end, and its key stays as it is. */
@@ -4454,7 +4457,7 @@ static int pin(int fd, const char *word, int ifindex)
 }
 
 /* A pinned door is a link (tcx) or a program (cls_bpf), whose info begins with
- * BPF_PROG_TYPE_SCHED_CLS there. */
+ * BPF_PROG_TYPE_SCHED_CLS there; 0: it cannot be looked at. */
 static bool is_tcx_link(int fd, struct bpf_link_info *info)
 {
 	uint32_t len = sizeof(*info);
@@ -4558,8 +4561,9 @@ static int door_attach_tc(int prog, const char *word, int ifindex, bool in)
 }
 
 /* Puts `prog` behind a door; one of an earlier run is taken over in one step, so
- * no packet goes by unseen. One that stays beside it comes after it. 0, or -1 with why. */
-static int door_attach(int prog, const char *word, int ifindex, bool in)
+ * no packet goes by unseen. One that stays beside it comes after it, unless it is `last`.
+ * 0, or -1 with why. */
+static int door_attach(int prog, const char *word, int ifindex, bool in, bool last)
 {
 	int old = pinned(word, ifindex), also = pinned(in ? "also_from" : "also_to", ifindex);
 	struct bpf_link_info info;
@@ -4568,7 +4572,7 @@ static int door_attach(int prog, const char *word, int ifindex, bool in)
 	if (old >= 0 && is_tcx_link(old, &info) && info.tcx.ifindex == (uint32_t)ifindex)
 		r = bpf_link_update(old, prog, NULL);
 	if (r) {
-		DECLARE_LIBBPF_OPTS(bpf_link_create_opts, beside, .flags = BPF_F_BEFORE | BPF_F_LINK,
+		DECLARE_LIBBPF_OPTS(bpf_link_create_opts, beside, .flags = (last ? BPF_F_AFTER : BPF_F_BEFORE) | BPF_F_LINK,
 				    .tcx.relative_fd = also);
 		bool is_beside = also >= 0 && is_tcx_link(also, &info);
 
@@ -4601,7 +4605,8 @@ static int door_keep(const char *word, int ifindex, bool in)
 	if (old < 0)
 		return errno == ENOENT ? 0 : fail("cannot pin %s: %s", path, strerror(errno));
 	if (!is_tcx_link(old, &info))
-		r = door_attach_tc(old, also, ifindex, in);
+		r = info.type ? door_attach_tc(old, also, ifindex, in) :
+				fail("cannot look at %s: %s", path, strerror(errno));
 	else if (!kept && rename(path, pin_path(also, ifindex)))
 		r = fail("cannot pin %s: %s", path, strerror(errno));
 	close(old);
@@ -4638,7 +4643,7 @@ static void doors_unpin(int ifindex, size_t from)
 	for (size_t i = from; i < ARRAY_SIZE(door_words); i++) {
 		int fd = pinned(door_words[i], ifindex);
 
-		tc |= fd >= 0 && !is_tcx_link(fd, &info);
+		tc |= (fd >= 0 || errno != ENOENT) && !is_tcx_link(fd, &info);
 		close(fd);
 	}
 	if (tc && if_indextoname(ifindex, (char[IF_NAMESIZE]){ 0 }))
@@ -4764,8 +4769,7 @@ static bool services_fit(void)
 		struct bpf_map_info info;
 		int fd = map_find(map_names[i], &info);
 
-		if (fd >= 0)
-			fit &= map_fits(&info, bpf_object__find_map_by_name(bpf->obj, map_names[i]));
+		fit &= fd == -ENOENT || (fd >= 0 && map_fits(&info, bpf_object__find_map_by_name(bpf->obj, map_names[i])));
 		close(fd);
 	}
 	return fit;
@@ -4977,7 +4981,7 @@ static int door_put(const struct doorway *d, bool in, bool beside)
 
 	if (beside && door_keep(word, d->ifindex, in))
 		return -1;
-	return door_attach(door_fd[d->pods][is_ethernet(d->type)][in], word, d->ifindex, in);
+	return door_attach(door_fd[d->pods][is_ethernet(d->type)][in], word, d->ifindex, in, d->pods && !in);
 }
 
 /* `why`, once. What was there before us stays as it is. */
@@ -5004,16 +5008,18 @@ static void flow_carry(void *value_size, int fd, const void *key, const void *va
 		bpf_map_update_elem(maps.fd[CT_MAP], key, &flow, BPF_ANY);
 }
 
-static void flows_carry(const struct maps *m)
+/* 0, or -1 with why. */
+static int flows_carry(const struct maps *m)
 {
 	for (int i = 0; i < m->n_old; i++) {
 		struct bpf_map_info info = { 0 };
 		uint32_t len = sizeof(info);
 
-		bpf_map_get_info_by_fd(m->old_flows[i], &info, &len);
-		if (!map_walk(m->old_flows[i], flow_carry, &info.value_size))
-			warn("flows may be lost: %s", strerror(errno));
+		if (bpf_map_get_info_by_fd(m->old_flows[i], &info, &len) ||
+		    !map_walk(m->old_flows[i], flow_carry, &info.value_size))
+			return fail("flows cannot be carried over: %s", strerror(errno));
 	}
+	return 0;
 }
 
 /* Before requests come to the new programs. 0, or -1 with why. */
@@ -5025,8 +5031,7 @@ static int maps_hand_over(struct maps *m)
 	m->services_late = false;
 	if (m->n_old && pin(m->fd[CT_MAP], "new_ct_map", 0))
 		return -1;
-	flows_carry(m);
-	return 0;
+	return flows_carry(m);
 }
 
 /* And after that. */
@@ -5039,7 +5044,8 @@ static void maps_handed_over(struct maps *m)
 	snprintf(new, sizeof(new), "%s", pin_path("new_ct_map", 0));
 	rename(new, pin_path("ct_map", 0));
 	syscall(SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0); /* no CPU is in an old program */
-	flows_carry(m);
+	if (flows_carry(m))
+		warn("%s", why);
 	while (m->n_old)
 		close(m->old_flows[--m->n_old]);
 	note("flows were carried over");
@@ -7029,12 +7035,15 @@ static void doors_adopt(struct agent *a)
 	size_t n;
 	uint64_t *left = doors_list(&n);
 
-	for (size_t i = 0; i < n; i++) {
+	for (size_t i = 0; i < n && !a->refused; i++) {
 		struct doorway there = { .ifindex = left[i] }, *d = NULL;
 		struct tl_door door = { 0 };
 		uint32_t ifindex = left[i];
 
-		bpf_map_lookup_elem(maps.fd[DOOR_MAP], &ifindex, &door);
+		if (bpf_map_lookup_elem(maps.fd[DOOR_MAP], &ifindex, &door) && errno != ENOENT) {
+			a->refused = fail("door_map: %s", strerror(errno));
+			continue;
+		}
 		if (link_look(&there) && opt.snat && is_far(&door))
 			d = far_add(a, ifindex);
 		if (d && d->pods)
@@ -7131,7 +7140,8 @@ static void doors_begin(struct agent *a)
 	for (struct doorway *d = a->door; d < a->door + a->n_iface; d++)
 		link_look(d);
 	doors_adopt(a);
-	doors_look(a);
+	if (!a->refused)
+		doors_look(a);
 }
 
 /* --- sync -------------------------------------------------------------------- */

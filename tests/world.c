@@ -284,6 +284,7 @@ static struct talk {
 static struct tally {
 	uint64_t sent, missing, broken, garbled;
 } tally[2][2]; /* visitor, tcp */
+static int64_t longest; /* ms that a lasting UDP flow waited for what then came */
 
 static void talk_end(struct talk *t)
 {
@@ -353,6 +354,8 @@ static void talk_hear(struct talk *t, int64_t now)
 	uint8_t room[4096];
 	ssize_t n;
 
+	if (!t->tcp && !t->visitor && t->sent > t->back && now - t->heard > longest)
+		longest = now - t->heard;
 	t->heard = now;
 	while (t->fd && !t->end && (n = read(t->fd, room, t->tcp ? sizeof(room) : 8)) != -1) {
 		if (!n && t->tcp)
@@ -380,6 +383,9 @@ static void talk_hear(struct talk *t, int64_t now)
 	}
 	if (t->fd && t->tcp && errno != EAGAIN && errno != ENOTCONN && !t->end)
 		t->end = errno;
+	if (t->end && !t->visitor)
+		fprintf(stderr, "%jd: flow %d: ended after %ju: %s\n", (intmax_t)time(NULL), (int)(t - lasting),
+			(uintmax_t)t->back, strerror(t->end));
 }
 
 static bool talk_waits(const struct talk *t)
@@ -468,10 +474,11 @@ static int load(int n, char **arg)
 			talk_end(&visitors[i]);
 		}
 	for (int i = 0; i < 4; i++)
-		fprintf(f, "%s\"%s_%s\":{\"sent\":%ju,\"missing\":%ju,\"broken\":%ju,\"garbled\":%ju}%s", i ? "," : "{",
+		fprintf(f, "%s\"%s_%s\":{\"sent\":%ju,\"missing\":%ju,\"broken\":%ju,\"garbled\":%ju}", i ? "," : "{",
 		       i / 2 ? "visitors" : "lasting", i % 2 ? "tcp" : "udp", (uintmax_t)tally[i / 2][i % 2].sent,
 		       (uintmax_t)tally[i / 2][i % 2].missing, (uintmax_t)tally[i / 2][i % 2].broken,
-		       (uintmax_t)tally[i / 2][i % 2].garbled, i == 3 ? "}\n" : "");
+		       (uintmax_t)tally[i / 2][i % 2].garbled);
+	fprintf(f, ",\"longest_ms\":%jd}\n", (intmax_t)longest);
 	return fclose(f) ? 1 : 0;
 }
 
