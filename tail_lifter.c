@@ -4561,7 +4561,7 @@ static int door_attach_tc(int prog, const char *word, int ifindex, bool in)
 }
 
 /* Puts `prog` behind a door; one of an earlier run is taken over in one step, so
- * no packet goes by unseen. One that stays beside it comes after it, unless it is `last`.
+ * no packet goes by unseen, or ends now: without a name it would, but later. One that stays beside it comes after it, unless it is `last`.
  * 0, or -1 with why. */
 static int door_attach(int prog, const char *word, int ifindex, bool in, bool last)
 {
@@ -4572,14 +4572,14 @@ static int door_attach(int prog, const char *word, int ifindex, bool in, bool la
 	if (old >= 0 && is_tcx_link(old, &info) && info.tcx.ifindex == (uint32_t)ifindex)
 		r = bpf_link_update(old, prog, NULL);
 	if (r) {
-		DECLARE_LIBBPF_OPTS(bpf_link_create_opts, beside, .flags = (last ? BPF_F_AFTER : BPF_F_BEFORE) | BPF_F_LINK,
-				    .tcx.relative_fd = also);
+		DECLARE_LIBBPF_OPTS(bpf_link_create_opts, beside, .tcx.relative_fd = also,
+				    .flags = BPF_F_LINK | (last ? BPF_F_AFTER : BPF_F_BEFORE));
 		bool is_beside = also >= 0 && is_tcx_link(also, &info);
 
 		link = bpf_link_create(prog, ifindex, in ? BPF_TCX_INGRESS : BPF_TCX_EGRESS,
 				       is_beside ? &beside : NULL);
 		if (link >= 0)
-			r = pin(link, word, ifindex);
+			r = pin(link, word, ifindex) ? -1 : (bpf_link_detach(old), 0);
 		else
 			r = errno == EINVAL ? door_attach_tc(prog, word, ifindex, in) :
 					      fail("cannot attach by tcx: %s", strerror(errno));
@@ -4769,7 +4769,8 @@ static bool services_fit(void)
 		struct bpf_map_info info;
 		int fd = map_find(map_names[i], &info);
 
-		fit &= fd == -ENOENT || (fd >= 0 && map_fits(&info, bpf_object__find_map_by_name(bpf->obj, map_names[i])));
+		fit &= fd == -ENOENT ||
+			(fd >= 0 && map_fits(&info, bpf_object__find_map_by_name(bpf->obj, map_names[i])));
 		close(fd);
 	}
 	return fit;
@@ -4981,7 +4982,8 @@ static int door_put(const struct doorway *d, bool in, bool beside)
 
 	if (beside && door_keep(word, d->ifindex, in))
 		return -1;
-	return door_attach(door_fd[d->pods][is_ethernet(d->type)][in], word, d->ifindex, in, d->pods && !in);
+	return door_attach(door_fd[d->pods][is_ethernet(d->type)][in], word, d->ifindex, in,
+			   d->pods && !in);
 }
 
 /* `why`, once. What was there before us stays as it is. */
@@ -7461,14 +7463,19 @@ static int ifaces_attached(struct agent *a)
  * own: first those go that begin flows, so that it begins them, while replies still come back. */
 static void doors_leave(const struct agent *a)
 {
+	DECLARE_LIBBPF_OPTS(bpf_obj_get_opts, at, .file_flags = BPF_F_PATH_FD,
+			    .path_fd = a->pin_fd);
 	struct stat ours, there;
 	char name[32];
+	int link;
 
 	if (fstat(a->pin_fd, &ours) || (!stat(opt.pin_dir, &there) && there.st_dev == ours.st_dev))
 		return;
 	for (const struct doorway *d = a->door; d < a->door + a->n_doors; d++) {
 		snprintf(name, sizeof(name), "%s_%d", d->pods ? "to" : "from", d->ifindex);
-		unlinkat(a->pin_fd, name, 0);
+		link = bpf_obj_get_opts(name, &at);
+		bpf_link_detach(link); /* at once: for want of a file it would go in a while */
+		close(link);
 	}
 	usleep(LEAVE_LAST);
 }
