@@ -4560,9 +4560,9 @@ static int door_attach_tc(int prog, const char *word, int ifindex, bool in)
 	return r ? fail("cannot attach by cls_bpf: %s; the kernel needs cls_bpf", strerror(-r)) : 0;
 }
 
-/* Puts `prog` behind a door; one of an earlier run is taken over in one step, so
- * no packet goes by unseen, or ends now: without a name it would, but later. One that stays beside it comes after it, unless it is `last`.
- * 0, or -1 with why. */
+/* Puts `prog` behind a door; one of an earlier run is taken over in one step, so no packet
+ * goes by unseen, or ends now: without a name it would, but later. One that stays beside it
+ * comes after it, unless it is `last`. 0, or -1 with why. */
 static int door_attach(int prog, const char *word, int ifindex, bool in, bool last)
 {
 	int old = pinned(word, ifindex), also = pinned(in ? "also_from" : "also_to", ifindex);
