@@ -4324,9 +4324,6 @@ static bool route_find(int fd, const struct in6_addr *to, struct route *r)
  *     ct_map           old      old   old   new   new
  *     from_IFINDEX     old      old   old   new   new    (of the VPN: here flows begin)
  *
- * Where both have a say the new one goes first, but behind the old one towards pods: there it
- * would begin what it has not got yet, from another source port.
- *
  * They are carried over after 2, and after 3 those begun meanwhile. Whoever finds this half
  * done does it again: of two flows in one place that counts which was used last. So members
  * of struct tl_flow are only ever added, at its end, and its key stays as it is. */
@@ -4562,8 +4559,8 @@ static int door_attach_tc(int prog, const char *word, int ifindex, bool in)
 
 /* Puts `prog` behind a door; one of an earlier run is taken over in one step, so no packet
  * goes by unseen, or ends now: without a name it would, but later. One that stays beside it
- * comes after it, unless it is `last`. 0, or -1 with why. */
-static int door_attach(int prog, const char *word, int ifindex, bool in, bool last)
+ * comes after it. 0, or -1 with why. */
+static int door_attach(int prog, const char *word, int ifindex, bool in)
 {
 	int old = pinned(word, ifindex), also = pinned(in ? "also_from" : "also_to", ifindex);
 	struct bpf_link_info info;
@@ -4572,8 +4569,8 @@ static int door_attach(int prog, const char *word, int ifindex, bool in, bool la
 	if (old >= 0 && is_tcx_link(old, &info) && info.tcx.ifindex == (uint32_t)ifindex)
 		r = bpf_link_update(old, prog, NULL);
 	if (r) {
-		DECLARE_LIBBPF_OPTS(bpf_link_create_opts, beside, .tcx.relative_fd = also,
-				    .flags = BPF_F_LINK | (last ? BPF_F_AFTER : BPF_F_BEFORE));
+		DECLARE_LIBBPF_OPTS(bpf_link_create_opts, beside, .flags = BPF_F_BEFORE | BPF_F_LINK,
+				    .tcx.relative_fd = also);
 		bool is_beside = also >= 0 && is_tcx_link(also, &info);
 
 		link = bpf_link_create(prog, ifindex, in ? BPF_TCX_INGRESS : BPF_TCX_EGRESS,
@@ -4982,8 +4979,7 @@ static int door_put(const struct doorway *d, bool in, bool beside)
 
 	if (beside && door_keep(word, d->ifindex, in))
 		return -1;
-	return door_attach(door_fd[d->pods][is_ethernet(d->type)][in], word, d->ifindex, in,
-			   d->pods && !in);
+	return door_attach(door_fd[d->pods][is_ethernet(d->type)][in], word, d->ifindex, in);
 }
 
 /* `why`, once. What was there before us stays as it is. */
@@ -4999,26 +4995,36 @@ static void door_failed(struct doorway *d)
 		doors_detach(d->ifindex);
 }
 
-static void flow_carry(void *value_size, int fd, const void *key, const void *value)
+struct carry {
+	uint32_t size; /* of a value of the old map */
+	bool near;
+};
+
+static void flow_carry(void *arg, int fd, const void *key, const void *value)
 {
 	struct tl_flow flow = { 0 }, there;
-	uint32_t size = *(uint32_t *)value_size;
+	const struct carry *c = arg;
 
 	(void)fd;
-	memcpy(&flow, value, size < sizeof(flow) ? size : sizeof(flow));
+	if ((((const struct tl_tuple *)key)->dir < TL_OUT) != c->near)
+		return;
+	memcpy(&flow, value, c->size < sizeof(flow) ? c->size : sizeof(flow));
 	if (bpf_map_lookup_elem(maps.fd[CT_MAP], key, &there) || there.seen < flow.seen)
 		bpf_map_update_elem(maps.fd[CT_MAP], key, &flow, BPF_ANY);
 }
 
-/* 0, or -1 with why. */
+/* Those towards pods first: once it knows a reply, to_pods would give the request a source port
+ * of its own. 0, or -1 with why. */
 static int flows_carry(const struct maps *m)
 {
-	for (int i = 0; i < m->n_old; i++) {
+	for (int i = 0; i < 2 * m->n_old; i++) {
 		struct bpf_map_info info = { 0 };
 		uint32_t len = sizeof(info);
+		int old = m->old_flows[i % m->n_old];
+		struct carry c = { .near = i >= m->n_old };
 
-		if (bpf_map_get_info_by_fd(m->old_flows[i], &info, &len) ||
-		    !map_walk(m->old_flows[i], flow_carry, &info.value_size))
+		if (bpf_map_get_info_by_fd(old, &info, &len) ||
+		    (c.size = info.value_size, !map_walk(old, flow_carry, &c)))
 			return fail("flows cannot be carried over: %s", strerror(errno));
 	}
 	return 0;

@@ -289,7 +289,12 @@ static int64_t longest; /* ms that a lasting UDP flow waited for what then came 
 static void talk_end(struct talk *t)
 {
 	struct tally *y = &tally[t->visitor][t->tcp];
+	struct tcp_info tcp = { 0 };
+	socklen_t len = sizeof(tcp);
 
+	if (t->tcp && !getsockopt(t->fd, IPPROTO_TCP, TCP_INFO, &tcp, &len) && tcp.tcpi_total_retrans)
+		fprintf(stderr, "%jd: a %s by TCP had said something twice\n", (intmax_t)time(NULL),
+			t->visitor ? "visitor" : "flow that lasts");
 	y->sent += t->sent;
 	y->missing += t->sent - t->back;
 	y->broken += t->end != 0;
