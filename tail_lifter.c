@@ -3530,7 +3530,7 @@ static const char *const map_names[N_MAPS] = { "text_map", "net_map",  "set_map"
 
 #define KEY_MOST    28	  /* bytes of the longest key below */
 #define MAX_PLACES  16384 /* networks of pods; a node has one or two */
-#define MAX_NAMES   16384 /* of nodes; Kubernetes is made for 5,000. No server shall fill text_map with them */
+#define MAX_NAMES   16384 /* pieces of nodes' names, which no server shall fill text_map with; Kubernetes is made for 5,000 nodes */
 #define SET_GRACE   1000  /* ms; the datapath holds on to a set for microseconds */
 #define SWEEP_LEAST 60000 /* ms from one sweep of ct_map to the next */
 #define SWEEP_GRACE 5	  /* seconds that a flow may be over before it is deleted */
@@ -3559,8 +3559,8 @@ struct programmed {
 };
 
 /* How many hold an element: services an address, backends the name of their node.
- * Those names are not in the services' lists, and stay until the next start: they are few,
- * and of more than MAX_NAMES backends are shown without. */
+ * Those names are not in the services' lists, and stay until the next start: they are few, and
+ * of nodes beyond MAX_NAMES backends are shown without. */
 struct shared {
 	struct link link;
 	struct element element;
@@ -4575,11 +4575,11 @@ static int door_attach(int prog, const char *word, int ifindex, bool in)
 
 		link = bpf_link_create(prog, ifindex, in ? BPF_TCX_INGRESS : BPF_TCX_EGRESS,
 				       is_beside ? &beside : NULL);
-		if (link >= 0)
-			r = pin(link, word, ifindex) ? -1 : (bpf_link_detach(old), 0);
-		else
+		if (link < 0)
 			r = errno == EINVAL ? door_attach_tc(prog, word, ifindex, in) :
 					      fail("cannot attach by tcx: %s", strerror(errno));
+		else if (!(r = pin(link, word, ifindex)))
+			bpf_link_detach(old);
 		close(link);
 	}
 	close(also);
@@ -4997,7 +4997,7 @@ static void door_failed(struct doorway *d)
 
 struct carry {
 	uint32_t size; /* of a value of the old map */
-	bool near;
+	bool near;     /* only what the VPN's doors look for; else only what those towards pods do */
 };
 
 static void flow_carry(void *arg, int fd, const void *key, const void *value)
@@ -5054,9 +5054,10 @@ static void maps_handed_over(struct maps *m)
 	syscall(SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0); /* no CPU is in an old program */
 	if (flows_carry(m))
 		warn("%s", why);
+	else
+		note("flows were carried over");
 	while (m->n_old)
 		close(m->old_flows[--m->n_old]);
-	note("flows were carried over");
 }
 
 /* Both doors of all that have none yet: towards the VPN, or towards pods. The one where
@@ -8181,8 +8182,8 @@ static enum verdict check_rp_filter(int what)
 /* linux/netfilter.h, which does not go together with netinet/in.h */
 enum { NFPROTO_INET = 1, NFPROTO_IPV4 = 2, NFPROTO_IPV6 = 10, NF_INET_FORWARD = 2, NF_DROP = 0, NF_ACCEPT = 1 };
 
-/* A chain of nftables (of iptables too, but for the legacy one): is it one
- * of those that forwarded packets go through, and drops what none of its rules accepts? */
+/* A chain of nftables (of iptables too, but for the legacy one): is it one of those that
+ * forwarded packets go through, and drops what none of its rules accepts? */
 static void on_chain(void *found, const struct nlmsghdr *h)
 {
 	static const char *const families[] = { [NFPROTO_INET] = "inet", [NFPROTO_IPV4] = "ip",
@@ -8216,7 +8217,8 @@ static void on_chain(void *found, const struct nlmsghdr *h)
 
 /* The same of the legacy iptables, whose headers do not go together with netinet/in.h either:
  * what the kernel's struct ipt_getinfo, ipt_get_entries and ipt_entry or ip6t_entry are. A chain
- * ends with its policy. 0 if it drops nothing, or there is no such table: asking would make it. */
+ * ends with its policy. 1 if that drops, 0 if not or if there is no such table, for asking would
+ * make it; -1: it cannot be looked at. */
 static int legacy_drops(bool v4)
 {
 	struct {
@@ -8224,7 +8226,7 @@ static int legacy_drops(bool v4)
 		uint32_t hooks, begin[5], policy[5], n, size;
 	} info = { .table = "filter" };
 	const int get_info = 64, get_entries = 65, level = v4 ? SOL_IP : SOL_IPV6;
-	FILE *names = fopen(v4 ? "/proc/net/ip_tables_names" : "/proc/net/ip6_tables_names", "re");
+	FILE *tables = fopen(v4 ? "/proc/net/ip_tables_names" : "/proc/net/ip6_tables_names", "re");
 	socklen_t len = sizeof(info);
 	bool there = false;
 	char line[64], *all;
@@ -8232,12 +8234,13 @@ static int legacy_drops(bool v4)
 	int32_t verdict = 0;
 	int fd, err;
 
-	while (names && fgets(line, sizeof(line), names))
+	if (!tables)
+		return errno == ENOENT ? 0 : -1;
+	while (fgets(line, sizeof(line), tables))
 		there |= !strcmp(line, "filter\n");
-	if (names)
-		fclose(names);
+	fclose(tables);
 	if (!there)
-		return names || errno == ENOENT ? 0 : -1;
+		return 0;
 	fd = socket(v4 ? AF_INET : AF_INET6, SOCK_DGRAM | SOCK_CLOEXEC, 0);
 	err = getsockopt(fd, level, get_info, &info, &len);
 	len = 40 + info.size; /* the entries begin at a multiple of 8 */

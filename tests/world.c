@@ -1,6 +1,5 @@
-/* SPDX-License-Identifier: MIT
- *
- * world.c: what the demo and the namespace tests need around tail_lifter.
+// SPDX-License-Identifier: MIT
+/* world.c: what the demo and the namespace tests need around tail_lifter.
  *
  *   world tun NETNS/NAME NETNS/NAME   a TUN in each namespace, what goes into one comes
  *                                     out of the other, offloads and all: the tailnet;

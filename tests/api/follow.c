@@ -1,5 +1,5 @@
-/* SPDX-License-Identifier: MIT
- * follow [--once] [--node NAME] --kubeconfig FILE: the API client and the model
+// SPDX-License-Identifier: MIT
+/* follow [--once] [--node NAME] --kubeconfig FILE: the API client and the model
  * of the real tail_lifter.c, without the kernel's side. Prints what the model
  * holds after each change: "services=2 backends=2 node=z1 synced", and behind the
  * node "ranges=10.43.0.0/16,fd43::/112" if there are any. With SPEED=N in

@@ -1,6 +1,5 @@
-/* SPDX-License-Identifier: MIT
- *
- * packet.c: what a packet costs on its way through a node. tests/bench/packet builds
+// SPDX-License-Identifier: MIT
+/* packet.c: what a packet costs on its way through a node. tests/bench/packet builds
  * the nodes, draws them and says what is compared; this measures.
  *
  *   packet ROUNDS NODE:SERVICES:REFERENCE...

@@ -1,6 +1,5 @@
-/* SPDX-License-Identifier: MIT
- *
- * guest.c: what the tests inside a virtual machine need and busybox cannot.
+// SPDX-License-Identifier: MIT
+/* guest.c: what the tests inside a virtual machine need and busybox cannot.
  *
  *   guest whole NAME           from now on no checksum is left to this interface
  *   guest clsact NAME          gives an interface a clsact qdisc, as others do

@@ -1,6 +1,5 @@
-/* SPDX-License-Identifier: MIT
- *
- * prog_run.c: packets through the programs of a real tail_lifter, by BPF_PROG_TEST_RUN.
+// SPDX-License-Identifier: MIT
+/* prog_run.c: packets through the programs of a real tail_lifter, by BPF_PROG_TEST_RUN.
  *
  *   prog_run [-q] LIFTER PIN_DIR <VECTORS
  *

@@ -1,5 +1,5 @@
-/* SPDX-License-Identifier: MIT
- * neighbour.bpf.c: somebody else's tc program, with a say: what comes from or goes to
+// SPDX-License-Identifier: MIT
+/* neighbour.bpf.c: somebody else's tc program, with a say: what comes from or goes to
  * one port (behind an IP header without options) is dropped, the rest is the next one's. */
 #include <linux/bpf.h>
 #include <linux/pkt_cls.h>

@@ -1,6 +1,5 @@
-/* SPDX-License-Identifier: MIT
- *
- *   neighbour OBJECT IFACE ingress|egress first|last|clsact PORT
+// SPDX-License-Identifier: MIT
+/* neighbour OBJECT IFACE ingress|egress first|last|clsact PORT
  *
  * Attaches neighbour.bpf.c before everybody (tcx), behind everybody (tcx), or by clsact and
  * cls_bpf; stays until SIGTERM, takes it off and prints "seen N dropped N". */

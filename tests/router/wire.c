@@ -1,6 +1,5 @@
-/* SPDX-License-Identifier: MIT
- *
- * wire.c: what the tests of layer `router` need on the wire.
+// SPDX-License-Identifier: MIT
+/* wire.c: what the tests of layer `router` need on the wire.
  *
  *   wire check [1/N] NETNS[,FROM...]...
  *                                   looks at every packet, or by chance at one in N, on every interface of these
