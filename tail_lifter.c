@@ -1248,6 +1248,8 @@ static bool json_same(const char *s, size_t len, const char *plain, size_t n)
 	const char *end = s + len;
 	char utf8[4];
 
+	if (len < n || (n && *s != *plain && *s != '\\')) /* what is escaped is longer */
+		return false;
 	if (!memchr(s, '\\', len)) /* nearly always */
 		return len == n && !memcmp(s, plain, n);
 	while (s < end) {
