@@ -397,7 +397,8 @@ static bool talk_waits(const struct talk *t)
 	return t->fd && !t->end && t->back < t->sent;
 }
 
-static void load_hear(int epoll_fd, int timeout)
+/* False: nothing came. */
+static bool load_hear(int epoll_fd, int timeout)
 {
 	struct epoll_event e[64];
 	int n = epoll_wait(epoll_fd, e, 64, timeout);
@@ -414,6 +415,7 @@ static void load_hear(int epoll_fd, int timeout)
 		else if (t->fd && t->end)
 			epoll_ctl(epoll_fd, EPOLL_CTL_DEL, t->fd, NULL);
 	}
+	return n > 0;
 }
 
 /* A TCP visitor sends when it is connected. */
@@ -439,8 +441,8 @@ static int load(int n, char **arg)
 {
 	int epoll_fd = epoll_create1(0), port = atoi(arg[1]);
 	FILE *f = fopen(arg[0], "w");
-	int64_t next, until;
 	bool waits = true;
+	int64_t next;
 
 	if (!f)
 		err(1, "%s", arg[0]);
@@ -462,13 +464,14 @@ static int load(int n, char **arg)
 		if (now_ms() > next + 100) /* we were not let run: not all at once now */
 			next = now_ms();
 	}
-	for (until = now_ms() + 10000; waits && now_ms() < until;) { /* what is still under way */
-		load_hear(epoll_fd, 10);
+	/* what is still under way; a time without news is long if we were let run in it, often:
+	 * a second for UDP, half a minute for a TCP that repeats itself ever more rarely */
+	for (int quiet = 0; waits && quiet < 3000; quiet += !load_hear(epoll_fd, 10)) {
 		waits = false;
 		for (int i = 0; i < 2 * N_LASTING; i++)
-			waits |= talk_waits(&lasting[i]) && (lasting[i].tcp || now_ms() < until - 9000);
+			waits |= talk_waits(&lasting[i]) && (lasting[i].tcp || quiet < 100);
 		for (int i = 0; i < 2 * N_VISITORS; i++)
-			waits |= visitors[i].fd && now_ms() < until - 8000;
+			waits |= visitors[i].fd && quiet < 200;
 	}
 	for (int i = 0; i < 2 * N_LASTING; i++)
 		talk_end(&lasting[i]);
