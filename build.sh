@@ -745,14 +745,14 @@ layer() {
 	step "" "$last, $((SECONDS - start)) s"
 }
 
-verb_test() { # [LAYER...]: unit semantics api packet demo netns router (the default), life, ship, real, kernels; as root
+verb_test() { # [LAYER...]: unit semantics api packet demo netns router life (the default), ship, real, kernels; as root
 	local words one
 	as_root test "$@"
 	PASSED=0 FAILED=0
 	need ip:iproute2 ping:iputils-ping curl:curl ethtool:ethtool sysctl:procps jq:jq tc:iproute2 nft:nftables iptables:iptables openssl:openssl setpriv:util-linux \
 		strace:strace bpftool:bpftool /usr/bin/python3:python3 /usr/lib/python3/dist-packages/scapy:python3-scapy
 	verb_build
-	for words in "${@:-unit semantics api packet demo netns router}"; do
+	for words in "${@:-unit semantics api packet demo netns router life}"; do
 		for one in $words; do
 			declare -F "layer_$one" >/dev/null || die "no such layer of tests: $one"
 			layer "$one"

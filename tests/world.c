@@ -268,7 +268,8 @@ static int echo(char **arg)
 #define MOST_OUT   16	/* messages of a UDP flow under way: a busy machine shall not overflow a queue */
 #define LOST_AFTER 1000 /* ms without a word: what is out will not come back */
 #define N_VISITORS 1024 /* at a time, of each protocol */
-#define TICK	   1	/* ms: a message of each fourth lasting flow; two visitors every tenth time */
+#define TICK	   1	/* ms: a message of each fourth lasting flow; a TCP visitor every tenth time, */
+#define TICKS_UDP  50	/* and one by UDP, whose port --snat gives to nobody else for three minutes */
 
 static struct talk {
 	int fd; /* 0: none */
@@ -278,12 +279,13 @@ static struct talk {
 	int64_t heard;		  /* when the last came back, or none was out */
 	uint64_t due;		  /* the number that comes next */
 	uint8_t part[8], n_part;  /* of it */
+	int64_t at[64];		  /* when the last messages were sent */
 } lasting[2 * N_LASTING], visitors[2 * N_VISITORS];
 
 static struct tally {
 	uint64_t sent, missing, broken, garbled;
 } tally[2][2]; /* visitor, tcp */
-static int64_t longest; /* ms that a lasting UDP flow waited for what then came */
+static int64_t longest; /* ms that a UDP message took that did come back */
 
 static void talk_end(struct talk *t)
 {
@@ -347,6 +349,7 @@ static void talk_send(struct talk *t, int64_t now)
 		t->lost = out;
 	if (!t->tcp && out > t->lost && out - t->lost >= MOST_OUT)
 		return;
+	t->at[t->sent % 64] = now_ms();
 	if (send(t->fd, &t->sent, sizeof(t->sent), MSG_NOSIGNAL) == sizeof(t->sent))
 		t->sent++;
 	else if (t->tcp && errno != EAGAIN && errno != ENOTCONN)
@@ -358,8 +361,6 @@ static void talk_hear(struct talk *t, int64_t now)
 	uint8_t room[4096];
 	ssize_t n;
 
-	if (!t->tcp && !t->visitor && t->sent > t->back && now - t->heard > longest)
-		longest = now - t->heard;
 	t->heard = now;
 	while (t->fd && !t->end && (n = read(t->fd, room, t->tcp ? sizeof(room) : 8)) != -1) {
 		if (!n && t->tcp)
@@ -371,6 +372,8 @@ static void talk_hear(struct talk *t, int64_t now)
 			if (number > t->due && !t->visitor)
 				fprintf(stderr, "%jd: flow %d: %ju to %ju came not, or late\n", (intmax_t)time(NULL),
 					(int)(t - lasting), (uintmax_t)t->due, (uintmax_t)number - 1);
+			if (now - t->at[number % 64] > longest)
+				longest = now - t->at[number % 64];
 			t->due = number + 1;
 			t->back++;
 		}
@@ -397,7 +400,8 @@ static bool talk_waits(const struct talk *t)
 	return t->fd && !t->end && t->back < t->sent;
 }
 
-static void load_hear(int epoll_fd, int timeout)
+/* False: nothing came. */
+static bool load_hear(int epoll_fd, int timeout)
 {
 	struct epoll_event e[64];
 	int n = epoll_wait(epoll_fd, e, 64, timeout);
@@ -414,33 +418,29 @@ static void load_hear(int epoll_fd, int timeout)
 		else if (t->fd && t->end)
 			epoll_ctl(epoll_fd, EPOLL_CTL_DEL, t->fd, NULL);
 	}
+	return n > 0;
 }
 
 /* A TCP visitor sends when it is connected. */
-static void load_visit(int epoll_fd, unsigned number, const char *to, int port)
+static void load_visit(int epoll_fd, unsigned number, bool tcp, const char *to, int port)
 {
-	struct epoll_event e = { .events = EPOLLOUT };
+	struct talk *t = &visitors[tcp * N_VISITORS + number % N_VISITORS];
+	struct epoll_event e = { .events = EPOLLIN | (tcp ? EPOLLOUT | EPOLLET : 0), .data.ptr = t };
 
-	for (int tcp = 0; tcp < 2; tcp++) {
-		struct talk *t = &visitors[tcp * N_VISITORS + number % N_VISITORS];
-
-		if (t->fd) /* it waits since that many visits: seconds */
-			talk_end(t);
-		talk_begin(t, epoll_fd, tcp, true, to, port);
-		if (!tcp)
-			talk_send(t, now_ms());
-		e.events = EPOLLIN | (tcp ? EPOLLOUT | EPOLLET : 0);
-		e.data.ptr = t;
-		epoll_ctl(epoll_fd, EPOLL_CTL_MOD, t->fd, &e);
-	}
+	if (t->fd) /* it waits since that many visits: seconds */
+		talk_end(t);
+	talk_begin(t, epoll_fd, tcp, true, to, port);
+	if (!tcp)
+		talk_send(t, now_ms());
+	epoll_ctl(epoll_fd, EPOLL_CTL_MOD, t->fd, &e);
 }
 
 static int load(int n, char **arg)
 {
 	int epoll_fd = epoll_create1(0), port = atoi(arg[1]);
 	FILE *f = fopen(arg[0], "w");
-	int64_t next, until;
 	bool waits = true;
+	int64_t next;
 
 	if (!f)
 		err(1, "%s", arg[0]);
@@ -454,21 +454,23 @@ static int load(int n, char **arg)
 		for (int i = 0; i < 2 * N_LASTING; i++)
 			if (i / 8 == (int)tick % 4)
 				talk_send(&lasting[i], next);
-		if (tick % 10 == 0)
-			load_visit(epoll_fd, tick / 10, arg[2 + tick / 10 % (n - 2)], port);
+		for (int tcp = 0, each = TICKS_UDP; tcp < 2; tcp++, each = 10)
+			if (tick % each == 0)
+				load_visit(epoll_fd, tick / each, tcp, arg[2 + tick / each % (n - 2)], port);
 		do
 			load_hear(epoll_fd, next + TICK > now_ms() ? next + TICK - now_ms() : 0);
 		while (now_ms() < next + TICK);
 		if (now_ms() > next + 100) /* we were not let run: not all at once now */
 			next = now_ms();
 	}
-	for (until = now_ms() + 10000; waits && now_ms() < until;) { /* what is still under way */
-		load_hear(epoll_fd, 10);
+	/* what is still under way; a time without news is long if we were let run in it, often:
+	 * a second for UDP, half a minute for a TCP that repeats itself ever more rarely */
+	for (int quiet = 0; waits && quiet < 3000; quiet += !load_hear(epoll_fd, 10)) {
 		waits = false;
 		for (int i = 0; i < 2 * N_LASTING; i++)
-			waits |= talk_waits(&lasting[i]) && (lasting[i].tcp || now_ms() < until - 9000);
+			waits |= talk_waits(&lasting[i]) && (lasting[i].tcp || quiet < 100);
 		for (int i = 0; i < 2 * N_VISITORS; i++)
-			waits |= visitors[i].fd && now_ms() < until - 8000;
+			waits |= visitors[i].fd && quiet < 200;
 	}
 	for (int i = 0; i < 2 * N_LASTING; i++)
 		talk_end(&lasting[i]);
