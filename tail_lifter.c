@@ -7177,7 +7177,6 @@ static void sync_now(struct agent *a)
 		return;
 	a->status.synced = true;
 	a->status.changed = time(NULL);
-	status_write(a);
 	if (first)
 		note("%zu services and %zu slices from %s", a->model.n_of[SERVICES], a->model.n_of[SLICES],
 		     a->status.source);
@@ -7185,9 +7184,9 @@ static void sync_now(struct agent *a)
 		tailscaled_want(&a->tailscaled, model_ranges_of(&a->model, true),
 				!a->api.watch[SERVICE_CIDRS].failures);
 	a->look |= first;
-	if (first && maps.services_late && maps.again_at != INT64_MAX)
-		return; /* till then the old programs have what these maps lack */
-	doors_begin(a);
+	if (!first || !maps.services_late || maps.again_at == INT64_MAX)
+		doors_begin(a); /* else not yet: the old programs have what these maps lack */
+	status_write(a); /* last: who waits for this word finds doors at what is there */
 }
 
 /* --- metrics ----------------------------------------------------------------

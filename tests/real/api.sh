@@ -241,10 +241,20 @@ soon 60 kubectl get --raw /readyz >/dev/null
 check "back: a service made meanwhile is served" soon 60 both tcp 10.43.0.90 80 "$client4"
 check "back: endpoints changed meanwhile are served" soon 10 one 10.43.0.82 8000 pod-b
 check "back: a service deleted meanwhile is gone" soon 10 status_is '[.services[] | select(.name == "only-a")] == []'
-# one that has failed often of late lists anew without asking
-check "back: the history was gone (410)" heard '(services|endpointslices|nodes|servicecidrs): 410, its history is gone'
 check "back: it listed anew" heard 'services: (streaming|listing)'
 check "back: in touch again" soon 20 heard 'in touch again'
+# who has failed often of late lists anew without asking for the rest; who slept asks
+listen
+kill -STOP "${pid[lifter]}"
+stop kube-apiserver KILL
+revision=$(etcd_post kv/put "{\"key\":\"$(base64 <<<later)\"}" | jq -r .header.revision)
+quietly etcd_post kv/compaction "{\"revision\":$revision,\"physical\":true}"
+api_server
+soon 60 kubectl get --raw /readyz >/dev/null || true
+kill -CONT "${pid[lifter]}"
+check "slept meanwhile: the history was gone (410)" soon 20 heard '(services|endpointslices|nodes|servicecidrs): 410, its history is gone'
+check "slept meanwhile: it listed anew" soon 20 heard 'services: (streaming|listing)'
+check "slept meanwhile: what there is is served" both tcp 10.43.0.90 80 "$client4"
 traffic_off
 check "all the while: no connection failed" same "$(cat "$dir/broken")" ""
 
