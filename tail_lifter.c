@@ -956,6 +956,9 @@ static enum http_got http_eof(struct http *h)
 		     "the connection ended in the middle of the answer");
 	return HTTP_BAD;
 }
+/* What each byte of a list goes through is made fast, from here to the maps; the rest small. */
+#pragma GCC push_options
+#pragma GCC optimize("O2")
 /* === JSON (knows no Kubernetes) ===========================================
  * jsmn finds the tokens, but takes much that is no JSON: so RFC 8259 and UTF-8
  * are checked before, in one walk by descent. */
@@ -966,11 +969,19 @@ static enum http_got http_eof(struct http *h)
 
 #define MAX_EVENT 4096 /* what a watch event may add around its object */
 
-/* How many bytes from `at` are an ordinary part of a string: most bytes are. */
+/* How many bytes from `at` are an ordinary part of a string: most bytes are, so eight at a
+ * time. A byte below the one that is subtracted from it borrows: its highest bit becomes 1. */
 static size_t json_plain(const char *at, size_t n)
 {
+	const uint64_t each = 0x0101010101010101;
 	size_t i = 0;
 
+	for (uint64_t w; n - i >= sizeof(w); i += sizeof(w)) {
+		memcpy(&w, at + i, sizeof(w));
+		w |= (w - each * ' ') | ((w ^ each * '"') - each) | ((w ^ each * '\\') - each);
+		if (w & each << 7)
+			break;
+	}
 	while (i < n && (signed char)at[i] >= ' ' && at[i] != '"' && at[i] != '\\')
 		i++;
 	return i;
@@ -1109,7 +1120,8 @@ static const char *json_check(const char *text, size_t len, int *depth, size_t *
 						   "is no JSON";
 }
 
-/* One parsed value: token 0 is the whole, its members and elements follow.
+/* One parsed value: token 0 is the whole, its members and elements follow. A token's size
+ * is not jsmn's: it is the token behind all that belongs to it, to a key its value.
  * Reusable; all zero is empty; the text is not owned. */
 struct json {
 	const char *text;
@@ -1146,8 +1158,14 @@ static int json_tokens(struct json *j, const char *text, size_t len, size_t good
 		j->tok = mem(j->tok, j->cap * sizeof(*j->tok));
 	}
 	j->n_tok = p.toknext;
-	for (int i = 0; i < j->n_tok; i++) /* of a beginning: what was not closed */
-		j->tok[i].end = j->tok[i].end < 0 ? (int)good : j->tok[i].end;
+	for (int i = 0; i < j->n_tok; i++) {
+		j->tok[i].size = i + 1;
+		if (j->tok[i].end < 0) /* of a beginning: what was not closed */
+			j->tok[i].end = good;
+	}
+	for (int i = j->n_tok - 1, up; i > 0; i--) /* what is in a value is in what that is in */
+		if ((up = j->tok[i].parent) >= 0 && j->tok[up].size < j->tok[i].size)
+			j->tok[up].size = j->tok[i].size;
 	return j->flaw ? fail("byte %zu: %s", good + 1, j->flaw) : 0;
 }
 
@@ -1250,8 +1268,8 @@ static bool json_same(const char *s, size_t len, const char *plain, size_t n)
 
 	if (len < n || (n && *s != *plain && *s != '\\')) /* what is escaped is longer */
 		return false;
-	if (!memchr(s, '\\', len)) /* nearly always */
-		return len == n && !memcmp(s, plain, n);
+	if (len == n) /* nearly always */
+		return !memcmp(s, plain, n) && !memchr(s, '\\', n);
 	while (s < end) {
 		size_t more = json_char(&s, utf8);
 
@@ -1297,17 +1315,12 @@ static int json_first(const struct json *j, int at)
 {
 	if (!json_is(j, at, JSMN_ARRAY) && !json_is(j, at, JSMN_OBJECT))
 		return -1;
-	return at + 1 < j->n_tok && j->tok[at + 1].start < j->tok[at].end ? at + 1 : -1;
+	return at + 1 < j->tok[at].size ? at + 1 : -1;
 }
 
 static int json_next(const struct json *j, int at, int i)
 {
-	int end;
-
-	i += j->tok[at].type == JSMN_OBJECT && i + 1 < j->n_tok && j->tok[i + 1].parent == i;
-	for (end = j->tok[i++].end; i < j->n_tok && j->tok[i].start < end; i++)
-		;
-	return i < j->n_tok && j->tok[i].start < j->tok[at].end ? i : -1;
+	return j->tok[i].size < j->tok[at].size ? j->tok[i].size : -1;
 }
 
 /* The value of a member; of duplicate keys the last counts. -1 if there is
@@ -1442,21 +1455,26 @@ static void split_head(struct split *s, char c, size_t n)
  * deep that neither an item nor a head can end in it; but for white space. */
 static size_t split_run(struct split *s, const char *at, size_t n)
 {
+	bool in_string = s->in_string, escaped = s->escaped;
 	size_t i = 0, plain;
+	int depth = s->depth;
 
-	for (; i < n && (s->in_string || (s->depth > 2 && !json_space(at[i]))); i++) {
+	for (; i < n && (in_string || (depth > 2 && !json_space(at[i]))); i++) {
 		char c = at[i];
 
-		if (!s->in_string) {
-			s->in_string = c == '"';
-			s->depth += (c == '{' || c == '[') - (c == '}' || c == ']');
-		} else if (!s->escaped && (plain = json_plain(at + i, n - i))) {
+		if (!in_string) {
+			in_string = c == '"';
+			depth += (c == '{' || c == '[') - (c == '}' || c == ']');
+		} else if (!escaped && (plain = json_plain(at + i, n - i))) {
 			i += plain - 1;
 		} else {
-			s->in_string = s->escaped || c != '"';
-			s->escaped = !s->escaped && c == '\\';
+			in_string = escaped || c != '"';
+			escaped = !escaped && c == '\\';
 		}
 	}
+	s->in_string = in_string;
+	s->escaped = escaped;
+	s->depth = depth;
 	return i;
 }
 
@@ -3525,10 +3543,17 @@ static int from_read(struct model *m, const char *file)
  * before what points; then drop those of the old list that the new one lacks. A set
  * of backends is named by a hash of its contents, so it never changes, and the switch
  * from one to the next is the write of one svc_map value. */
-enum map { TEXT_MAP, NET_MAP, SET_MAP, SVC_MAP, CT_MAP, STAT_MAP, AGENT_MAP, DOOR_MAP, N_MAPS };
+enum map {
+	TEXT_MAP, NET_MAP, SET_MAP, SVC_MAP, CT_MAP, STAT_MAP, AGENT_MAP, DOOR_MAP,
+	N_MAPS, /* what follows is the datapath's alone */
+	AFF_MAP = N_MAPS, FRAG_MAP, PACKET_MAP,
+	ALL_MAPS
+};
 
-static const char *const map_names[N_MAPS] = { "text_map", "net_map",  "set_map",  "svc_map",
-					       "ct_map",   "stat_map", "agent_map", "door_map" };
+static const char *const map_names[ALL_MAPS] = {
+	"text_map", "net_map",	 "set_map",  "svc_map", "ct_map",    "stat_map",
+	"agent_map", "door_map", "aff_map", "frag_map", "packet_map",
+};
 
 #define KEY_MOST    28	  /* bytes of the longest key below */
 #define MAX_PLACES  16384 /* networks of pods; a node has one or two */
@@ -3577,7 +3602,7 @@ struct dying {
 
 /* Descriptors of the pinned maps, and what is remembered of their contents. */
 static struct maps {
-	int fd[N_MAPS];
+	int fd[ALL_MAPS];
 	struct table shared;
 	int names; /* of nodes, in pieces */
 	struct buf dying; /* struct dying, in the order of their ends */
@@ -3592,6 +3617,7 @@ static struct maps {
 	struct buf udp;	  /* uint64_t: what maps_flush_udp may keep, see udp_mark */
 	bool udp_changed;
 	bool adopted; /* the first sync is done: nothing unknown is left in the maps */
+	bool inherited; /* from an earlier run */
 	int old_flows[2], n_old; /* maps whose flows are to be carried over; see "doors" */
 	bool services_late;	 /* those of services get their files with the doors */
 } maps = { .again_at = INT64_MAX };
@@ -4202,11 +4228,12 @@ static bool maps_sync(struct maps *m, struct model *model)
 	}
 	if (changed || !m->adopted)
 		maps_flush_udp(m);
-	if (!m->adopted)
+	if (!m->adopted && m->inherited)
 		maps_adopt(m, &model->services);
 	m->adopted = true;
 	return changed;
 }
+#pragma GCC pop_options
 /* === interfaces (rtnetlink) ===============================================
  * That one came or went is told by group RTNLGRP_LINK; which there are, is looked up. */
 /* A socket that hears of links, if `groups` says so; -1 with why. */
@@ -4710,7 +4737,7 @@ static const char *const door_names[2][2][2] = {
 	{ { "to_tailnet", "from_tailnet" }, { "to_tailnet_l2", "from_tailnet_l2" } },
 	{ { "to_pods", "from_pods" }, { "to_pods_l2", "from_pods_l2" } },
 };
-static int door_fd[2][2][2];
+static int door_fd[2][2][2]; /* 0: not loaded, for there was no such link yet */
 
 static int on_libbpf(enum libbpf_print_level level, const char *fmt, va_list ap)
 {
@@ -4807,7 +4834,7 @@ static int maps_reuse(struct maps *m)
 				if (bpf_map__reuse_fd(map, fd))
 					return fail("cannot adopt %s: %s", bpf_map__name(map),
 						    strerror(errno));
-				reused = true;
+				reused = m->inherited = true;
 			} else if (flows && info.key_size == sizeof(struct tl_tuple)) {
 				m->old_flows[m->n_old++] = fd;
 				continue;
@@ -4844,8 +4871,13 @@ static struct bpf_program *door_program(int i)
 	return bpf_object__find_program_by_name(bpf->obj, door_names[i / 4][i / 2 % 2][i % 2]);
 }
 
+/* Links that programs are for, a bit each: the verifier takes long on a small machine,
+ * and most nodes need one of these. */
+#define LINKS(pods, ethernet) (1u << (pods) * 2 << (ethernet))
+#define ALL_LINKS (LINKS(0, 0) | LINKS(0, 1) | LINKS(1, 0) | LINKS(1, 1))
+
 /* The object as it comes out of this file. 0, or -1 with why. */
-static int datapath_open(void)
+static int datapath_open(unsigned links)
 {
 	bpf = tail_lifter__open();
 	if (!bpf)
@@ -4853,7 +4885,7 @@ static int datapath_open(void)
 	bpf->rodata->tl_hz = jiffies_hz();
 	bpf_map__set_max_entries(bpf->maps.ct_map, opt.flows);
 	for (int i = 0; i < 8; i++)
-		bpf_program__set_autoload(door_program(i), i < 4 || opt.snat);
+		bpf_program__set_autoload(door_program(i), links >> i / 2 & 1);
 	return 0;
 }
 
@@ -4884,22 +4916,48 @@ static int keep(int fd)
 	return fcntl(fd, F_DUPFD_CLOEXEC, 0);
 }
 
-/* Loads the programs, with the maps of an earlier run where there are any.
- * 0, or -1 with why. */
-static int datapath_load(struct maps *m)
+/* What was loaded stays. */
+static int datapath_keep(struct maps *m, unsigned links)
 {
-	int r;
+	int last = 0;
 
-	if (datapath_open() || maps_reuse(m) || datapath_verify())
-		return -1;
-	for (int i = 0; i < N_MAPS; i++)
-		m->fd[i] = keep(bpf_object__find_map_fd_by_name(bpf->obj, map_names[i]));
-	for (int i = 0; i < 8; i++)
-		door_fd[i / 4][i / 2 % 2][i % 2] = keep(bpf_program__fd(door_program(i)));
-	r = maps_pin(m);
+	for (int i = 0; i < ALL_MAPS && last >= 0; i++)
+		if (!m->fd[i])
+			last = m->fd[i] = keep(bpf_object__find_map_fd_by_name(bpf->obj, map_names[i]));
+	for (int i = 0; i < 8 && last >= 0; i++)
+		if (links >> i / 2 & 1)
+			last = door_fd[i / 4][i / 2 % 2][i % 2] = keep(bpf_program__fd(door_program(i)));
+	return last < 0 ? fail("too many open files: raise ulimit -n") : 0;
+}
+
+static void datapath_close(void)
+{
 	tail_lifter__destroy(bpf);
 	bpf = NULL;
-	return door_fd[0][1][1] < 0 ? fail("too many open files: raise ulimit -n") : r;
+}
+
+/* Loads the programs for these links, with the maps of an earlier run where there are any.
+ * 0, or -1 with why. */
+static int datapath_load(struct maps *m, unsigned links)
+{
+	int r = datapath_open(links) || maps_reuse(m) || datapath_verify() || datapath_keep(m, links) ||
+		maps_pin(m);
+
+	datapath_close();
+	return -r;
+}
+
+/* The same for a kind of link that comes later, with our own maps. */
+static int datapath_more(struct maps *m, unsigned links)
+{
+	int r = datapath_open(links);
+
+	for (int i = 0; i < ALL_MAPS && !r; i++)
+		if (bpf_map__reuse_fd(bpf_object__find_map_by_name(bpf->obj, map_names[i]), m->fd[i]))
+			r = fail("cannot use %s again: %s", map_names[i], strerror(errno));
+	r = r || datapath_verify() || datapath_keep(m, links) ? -1 : 0;
+	datapath_close();
+	return r;
 }
 
 /* --- attaching --------------------------------------------------------------- */
@@ -4978,10 +5036,13 @@ static int door_note(const struct doorway *d)
 static int door_put(const struct doorway *d, bool in, bool beside)
 {
 	const char *word = in ? "from" : "to";
+	bool ethernet = is_ethernet(d->type);
+	const int *fd = &door_fd[d->pods][ethernet][in];
 
-	if (beside && door_keep(word, d->ifindex, in))
+	if ((!*fd && datapath_more(&maps, LINKS(d->pods, ethernet))) ||
+	    (beside && door_keep(word, d->ifindex, in)))
 		return -1;
-	return door_attach(door_fd[d->pods][is_ethernet(d->type)][in], word, d->ifindex, in);
+	return door_attach(*fd, word, d->ifindex, in);
 }
 
 /* `why`, once. What was there before us stays as it is. */
@@ -7425,6 +7486,20 @@ static int print_out(const struct buf *out)
 	return fflush(stdout) ? fail("cannot write: %s", strerror(errno)) : 0;
 }
 
+/* Of which links there will be doors, as far as can be told: the VPN's, also one that is to
+ * come, is mostly a TUN, those towards pods are Ethernet. */
+static unsigned links_expected(const struct agent *a)
+{
+	unsigned links = opt.snat ? LINKS(1, 1) : 0;
+
+	for (const struct doorway *d = a->door; d < a->door + a->n_iface; d++) {
+		struct doorway there = *d;
+
+		links |= LINKS(0, link_look(&there) && is_ethernet(there.type));
+	}
+	return links;
+}
+
 /* Everything up to the first event. 0, or -1 with why. */
 static int agent_open(struct agent *a, bool once)
 {
@@ -7438,7 +7513,7 @@ static int agent_open(struct agent *a, bool once)
 			    "another --pin-dir",
 			    agent_where(pin_dir_holder(a->pin_fd)), opt.pin_dir);
 	/* the source before the datapath: a first start without one leaves nothing behind */
-	if (loop_open(a) || source_open(a, once) || datapath_load(&maps))
+	if (loop_open(a) || source_open(a, once) || datapath_load(&maps, links_expected(a)))
 		return -1;
 	if (!once)
 		metrics_open(a);
@@ -8074,7 +8149,7 @@ static enum verdict check_kernel(int what)
 	int prog;
 
 	(void)what;
-	if (datapath_open() || datapath_verify())
+	if (datapath_open(ALL_LINKS) || datapath_verify())
 		return MEND;
 	uname(&u);
 	prog = bpf_program__fd(bpf->progs.to_tailnet);
