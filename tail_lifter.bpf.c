@@ -414,31 +414,35 @@ __inline_always bool source_allowed(const struct packet *p, __u64 name)
 /* Rendezvous hashing (Thaler, Ravishankar 1998): every backend draws a number for this client tuple,
  * the highest wins. When one of N backends comes or goes only its own 1/N of the flows move, the
  * shares are even, no table is kept, and a node that has lost everything chooses the same again.
- * Hash and seeds are well mixed, so one multiplication draws. The winner's place in the set, or -1.
- *
- * For the verifier the inner loop has no branch (it gives up on a path with 8192 of them): the agent
- * fills the last chunk with repetitions, and comparisons are arithmetic on numbers below 2^63, whose
- * last bits are the place. It is global and takes numbers only, so it is walked once. */
+ * Hash and seeds are well mixed, so one multiplication draws. For the verifier a chunk's draws have no
+ * branch (it gives up on a path with 8192 of them): the agent fills the last chunk with repetitions,
+ * and comparisons are arithmetic on numbers below 2^63, whose last bits are the place in the set. Both
+ * functions are global and take numbers only, so each is walked once. Negative: a chunk is not there. */
+__noinline __s64 choose_in(__u64 set, __u32 c, __u64 hash, __s64 best) /* `best`, or a higher one of chunk c */
+{
+	struct tl_set_key key = { .set = set, .chunk = c };
+	struct tl_chunk *chunk = bpf_map_lookup_elem(&set_map, &key);
+
+	if (!chunk)
+		return -1;
+#pragma unroll /* without CAP_PERFMON pointers may only move by constants */
+	for (__u32 i = 0; i < TL_CHUNK; i++) {
+		__s64 draw = ((hash ^ chunk->seed[i]) * DRAW >> 1 & -TL_MAX_BACKENDS) | (c * TL_CHUNK + i);
+		__s64 lower = (best - draw) >> 63; /* all ones or none */
+
+		asm volatile("" : "+r"(lower)); /* or clang makes a branch of it */
+		best ^= (best ^ draw) & lower;
+	}
+	return best;
+}
+
 __noinline int choose(__u64 set, __u32 n, __u64 hash)
 {
-	struct tl_set_key key = { .set = set };
-	__u64 best = 0, draw, lower;
-	struct tl_chunk *chunk;
+	__s64 best = 0;
 
-	for (__u32 c = 0; c < TL_MAX_BACKENDS / TL_CHUNK && c * TL_CHUNK < n; c++) {
-		key.chunk = c;
-		chunk = bpf_map_lookup_elem(&set_map, &key);
-		if (!chunk)
-			return -1;
-#pragma unroll /* without CAP_PERFMON pointers may only move by constants */
-		for (__u32 i = 0; i < TL_CHUNK; i++) {
-			draw = ((hash ^ chunk->seed[i]) * DRAW >> 1 & -TL_MAX_BACKENDS) | (c * TL_CHUNK + i);
-			lower = (__s64)(best - draw) >> 63; /* all ones or none */
-			asm volatile("" : "+r"(lower)); /* or clang makes a branch of it */
-			best ^= (best ^ draw) & lower;
-		}
-	}
-	return best % TL_MAX_BACKENDS;
+	for (__u32 c = 0; c < TL_MAX_BACKENDS / TL_CHUNK && c * TL_CHUNK < n && best >= 0; c++)
+		best = choose_in(set, c, hash, best);
+	return best < 0 ? -1 : (__u32)best % TL_MAX_BACKENDS;
 }
 
 __inline_always struct tl_backend *backend_at(const struct tl_svc *svc, __u32 place, __u64 *seed)
