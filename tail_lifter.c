@@ -971,7 +971,7 @@ static enum http_got http_eof(struct http *h)
 
 /* How many bytes from `at` are an ordinary part of a string: most bytes are, so eight at a
  * time. A byte below the one that is subtracted from it borrows: its highest bit becomes 1. */
-static size_t json_plain(const char *at, size_t n)
+static inline size_t json_plain(const char *at, size_t n)
 {
 	const uint64_t each = 0x0101010101010101;
 	size_t i = 0;
@@ -1251,11 +1251,12 @@ static int json_str(const struct json *j, int at, struct buf *out)
 	if (!json_is(j, at, JSMN_STRING))
 		return -1;
 	for (s += j->tok[at].start, end += j->tok[at].end; s < end;) {
-		int n = json_char(&s, utf8);
+		size_t plain = json_plain(s, end - s), n = plain ? 0 : json_char(&s, utf8);
 
-		if (!n)
+		if (!plain && !n)
 			return -1;
-		buf_add(out, utf8, n);
+		buf_add(out, plain ? s : utf8, plain + n);
+		s += plain;
 	}
 	return 0;
 }
