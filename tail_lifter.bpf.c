@@ -380,7 +380,7 @@ __inline_always __u64 mix(__u64 h)
 	return h ^ h >> 33;
 }
 
-#define DRAW	     0xff51afd7ed558ccd
+#define DRAW	     0xff51afd7ed558ccd /* hash and seeds are well mixed, so one multiplication draws */
 #define DRAW_HIGHEST 0xb08bbcf3dd5abffb /* times DRAW is 2^64 - 1 */
 
 /* The same on every node for the same client, service address and ports. */
@@ -411,19 +411,18 @@ __inline_always bool source_allowed(const struct packet *p, __u64 name)
 	return bpf_map_lookup_elem(&net_map, &net);
 }
 
-/* Rendezvous hashing (Thaler, Ravishankar 1998): every backend draws a number for this client tuple,
- * the highest wins. When one of N backends comes or goes only its own 1/N of the flows move, the
- * shares are even, no table is kept, and a node that has lost everything chooses the same again.
- * Hash and seeds are well mixed, so one multiplication draws. For the verifier a chunk's draws have no
- * branch (it gives up on a path with 8192 of them): the agent fills the last chunk with repetitions,
- * and comparisons are arithmetic on numbers below 2^63, whose last bits are the place in the set. Both
- * functions are global and take numbers only, so each is walked once. Negative: a chunk is not there. */
-__noinline __s64 choose_in(__u64 set, __u32 c, __u64 hash, __s64 best) /* `best`, or a higher one of chunk c */
+/* Rendezvous hashing (Thaler, Ravishankar 1998): every backend draws a number for this client tuple, the
+ * highest wins: `best`, or one of chunks from c on; negative: no such chunk. When one of N backends comes or
+ * goes only its own 1/N of the flows move, the shares are even, no table is kept, and a node that has lost
+ * everything chooses the same again. For the verifier no backend makes a branch (the agent fills up the last
+ * chunk; draws are below 2^63, their last bits are the place), and no loop runs on in speculation. What is
+ * global and takes numbers only is walked once. */
+__noinline __s64 choose_in(__u64 set, __u32 c, __u32 end, __u64 hash, __s64 best)
 {
 	struct tl_set_key key = { .set = set, .chunk = c };
 	struct tl_chunk *chunk = bpf_map_lookup_elem(&set_map, &key);
 
-	if (!chunk)
+	if (!chunk || c >= end)
 		return -1;
 #pragma unroll /* without CAP_PERFMON pointers may only move by constants */
 	for (__u32 i = 0; i < TL_CHUNK; i++) {
@@ -435,26 +434,27 @@ __noinline __s64 choose_in(__u64 set, __u32 c, __u64 hash, __s64 best) /* `best`
 	}
 	return best;
 }
+#define CHOOSE(name, in, chunks)                                                                \
+	__noinline __s64 name(__u64 set, __u32 c, __u32 end, __u64 hash, __s64 best)            \
+	{                                                                                       \
+		_Pragma("unroll") for (int i = 0; i < 16 && c < end && best >= 0; i++, c += chunks) \
+			best = in(set, c, end, hash, best);                                     \
+		return best;                                                                    \
+	}
+CHOOSE(choose_among, choose_in, 1)
+CHOOSE(choose_all, choose_among, 16)
 
-__noinline int choose(__u64 set, __u32 n, __u64 hash)
+__inline_always struct tl_backend *choose(const struct tl_svc *svc, __u64 hash, __u64 *seed)
 {
-	__s64 best = 0;
-
-	for (__u32 c = 0; c < TL_MAX_BACKENDS / TL_CHUNK && c * TL_CHUNK < n && best >= 0; c++)
-		best = choose_in(set, c, hash, best);
-	return best < 0 ? -1 : (__u32)best % TL_MAX_BACKENDS;
-}
-
-__inline_always struct tl_backend *backend_at(const struct tl_svc *svc, __u32 place, __u64 *seed)
-{
-	struct tl_set_key key = { .set = svc->set, .chunk = place / TL_CHUNK };
-	struct tl_chunk *chunk = bpf_map_lookup_elem(&set_map, &key);
+	__s64 best = choose_all(svc->set, 0, (svc->n_backends + TL_CHUNK - 1) / TL_CHUNK, hash, 0);
+	struct tl_set_key key = { .set = svc->set, .chunk = (__u32)best % TL_MAX_BACKENDS / TL_CHUNK };
+	struct tl_chunk *chunk = best < 0 ? NULL : bpf_map_lookup_elem(&set_map, &key);
 
 	if (!chunk)
 		return NULL;
-	asm volatile("" : "+r"(place)); /* or clang adds to the pointer before it asks for NULL */
-	*seed = chunk->seed[place % TL_CHUNK];
-	return &chunk->at[place % TL_CHUNK];
+	asm volatile("" : "+r"(best)); /* or clang adds to the pointer before it asks for NULL */
+	*seed = chunk->seed[(__u32)best % TL_CHUNK];
+	return &chunk->at[(__u32)best % TL_CHUNK];
 }
 
 /* The backend for a new flow: `prefer` (a seed, 0: none) if it is in the set, before it what
@@ -476,9 +476,9 @@ __inline_always struct tl_backend *backend_for(const struct packet *p, const str
 	}
 	*reason = TL_BACKENDS_MOVED;
 	if (prefer)
-		backend = backend_at(svc, choose(svc->set, svc->n_backends, prefer ^ DRAW_HIGHEST), seed);
+		backend = choose(svc, prefer ^ DRAW_HIGHEST, seed);
 	if (!backend || *seed != prefer)
-		backend = backend_at(svc, choose(svc->set, svc->n_backends, hash_tuple(&p->tuple)), seed);
+		backend = choose(svc, hash_tuple(&p->tuple), seed);
 	if (backend && svc->affinity) {
 		new.seed = *seed;
 		bpf_map_update_elem(&aff_map, &key, &new, BPF_ANY);

@@ -3544,17 +3544,10 @@ static int from_read(struct model *m, const char *file)
  * before what points; then drop those of the old list that the new one lacks. A set
  * of backends is named by a hash of its contents, so it never changes, and the switch
  * from one to the next is the write of one svc_map value. */
-enum map {
-	TEXT_MAP, NET_MAP, SET_MAP, SVC_MAP, CT_MAP, STAT_MAP, AGENT_MAP, DOOR_MAP,
-	N_MAPS, /* what follows is the datapath's alone */
-	AFF_MAP = N_MAPS, FRAG_MAP, PACKET_MAP,
-	ALL_MAPS
-};
+enum map { TEXT_MAP, NET_MAP, SET_MAP, SVC_MAP, CT_MAP, STAT_MAP, AGENT_MAP, DOOR_MAP, N_MAPS };
 
-static const char *const map_names[ALL_MAPS] = {
-	"text_map", "net_map",	 "set_map",  "svc_map", "ct_map",    "stat_map",
-	"agent_map", "door_map", "aff_map", "frag_map", "packet_map",
-};
+static const char *const map_names[N_MAPS] = { "text_map", "net_map",  "set_map",  "svc_map",
+					       "ct_map",   "stat_map", "agent_map", "door_map" };
 
 #define KEY_MOST    28	  /* bytes of the longest key below */
 #define MAX_PLACES  16384 /* networks of pods; a node has one or two */
@@ -3603,7 +3596,7 @@ struct dying {
 
 /* Descriptors of the pinned maps, and what is remembered of their contents. */
 static struct maps {
-	int fd[ALL_MAPS];
+	int fd[N_MAPS];
 	struct table shared;
 	int names; /* of nodes, in pieces */
 	struct buf dying; /* struct dying, in the order of their ends */
@@ -4738,7 +4731,7 @@ static const char *const door_names[2][2][2] = {
 	{ { "to_tailnet", "from_tailnet" }, { "to_tailnet_l2", "from_tailnet_l2" } },
 	{ { "to_pods", "from_pods" }, { "to_pods_l2", "from_pods_l2" } },
 };
-static int door_fd[2][2][2]; /* 0: not loaded, for there was no such link yet */
+static int door_fd[2][2][2];
 
 static int on_libbpf(enum libbpf_print_level level, const char *fmt, va_list ap)
 {
@@ -4872,13 +4865,8 @@ static struct bpf_program *door_program(int i)
 	return bpf_object__find_program_by_name(bpf->obj, door_names[i / 4][i / 2 % 2][i % 2]);
 }
 
-/* Links that programs are for, a bit each: the verifier takes long on a small machine,
- * and most nodes need one of these. */
-#define LINKS(pods, ethernet) (1u << (pods) * 2 << (ethernet))
-#define ALL_LINKS (LINKS(0, 0) | LINKS(0, 1) | LINKS(1, 0) | LINKS(1, 1))
-
 /* The object as it comes out of this file. 0, or -1 with why. */
-static int datapath_open(unsigned links)
+static int datapath_open(void)
 {
 	bpf = tail_lifter__open();
 	if (!bpf)
@@ -4886,7 +4874,7 @@ static int datapath_open(unsigned links)
 	bpf->rodata->tl_hz = jiffies_hz();
 	bpf_map__set_max_entries(bpf->maps.ct_map, opt.flows);
 	for (int i = 0; i < 8; i++)
-		bpf_program__set_autoload(door_program(i), links >> i / 2 & 1);
+		bpf_program__set_autoload(door_program(i), i < 4 || opt.snat);
 	return 0;
 }
 
@@ -4917,48 +4905,22 @@ static int keep(int fd)
 	return fcntl(fd, F_DUPFD_CLOEXEC, 0);
 }
 
-/* What was loaded stays. */
-static int datapath_keep(struct maps *m, unsigned links)
+/* Loads the programs, with the maps of an earlier run where there are any.
+ * 0, or -1 with why. */
+static int datapath_load(struct maps *m)
 {
-	int last = 0;
+	int r;
 
-	for (int i = 0; i < ALL_MAPS && last >= 0; i++)
-		if (!m->fd[i])
-			last = m->fd[i] = keep(bpf_object__find_map_fd_by_name(bpf->obj, map_names[i]));
-	for (int i = 0; i < 8 && last >= 0; i++)
-		if (links >> i / 2 & 1)
-			last = door_fd[i / 4][i / 2 % 2][i % 2] = keep(bpf_program__fd(door_program(i)));
-	return last < 0 ? fail("too many open files: raise ulimit -n") : 0;
-}
-
-static void datapath_close(void)
-{
+	if (datapath_open() || maps_reuse(m) || datapath_verify())
+		return -1;
+	for (int i = 0; i < N_MAPS; i++)
+		m->fd[i] = keep(bpf_object__find_map_fd_by_name(bpf->obj, map_names[i]));
+	for (int i = 0; i < 8; i++)
+		door_fd[i / 4][i / 2 % 2][i % 2] = keep(bpf_program__fd(door_program(i)));
+	r = maps_pin(m);
 	tail_lifter__destroy(bpf);
 	bpf = NULL;
-}
-
-/* Loads the programs for these links, with the maps of an earlier run where there are any.
- * 0, or -1 with why. */
-static int datapath_load(struct maps *m, unsigned links)
-{
-	int r = datapath_open(links) || maps_reuse(m) || datapath_verify() || datapath_keep(m, links) ||
-		maps_pin(m);
-
-	datapath_close();
-	return -r;
-}
-
-/* The same for a kind of link that comes later, with our own maps. */
-static int datapath_more(struct maps *m, unsigned links)
-{
-	int r = datapath_open(links);
-
-	for (int i = 0; i < ALL_MAPS && !r; i++)
-		if (bpf_map__reuse_fd(bpf_object__find_map_by_name(bpf->obj, map_names[i]), m->fd[i]))
-			r = fail("cannot use %s again: %s", map_names[i], strerror(errno));
-	r = r || datapath_verify() || datapath_keep(m, links) ? -1 : 0;
-	datapath_close();
-	return r;
+	return door_fd[0][1][1] < 0 ? fail("too many open files: raise ulimit -n") : r;
 }
 
 /* --- attaching --------------------------------------------------------------- */
@@ -5037,13 +4999,10 @@ static int door_note(const struct doorway *d)
 static int door_put(const struct doorway *d, bool in, bool beside)
 {
 	const char *word = in ? "from" : "to";
-	bool ethernet = is_ethernet(d->type);
-	const int *fd = &door_fd[d->pods][ethernet][in];
 
-	if ((!*fd && datapath_more(&maps, LINKS(d->pods, ethernet))) ||
-	    (beside && door_keep(word, d->ifindex, in)))
+	if (beside && door_keep(word, d->ifindex, in))
 		return -1;
-	return door_attach(*fd, word, d->ifindex, in);
+	return door_attach(door_fd[d->pods][is_ethernet(d->type)][in], word, d->ifindex, in);
 }
 
 /* `why`, once. What was there before us stays as it is. */
@@ -7487,20 +7446,6 @@ static int print_out(const struct buf *out)
 	return fflush(stdout) ? fail("cannot write: %s", strerror(errno)) : 0;
 }
 
-/* Of which links there will be doors, as far as can be told: the VPN's, also one that is to
- * come, is mostly a TUN, those towards pods are Ethernet. */
-static unsigned links_expected(const struct agent *a)
-{
-	unsigned links = opt.snat ? LINKS(1, 1) : 0;
-
-	for (const struct doorway *d = a->door; d < a->door + a->n_iface; d++) {
-		struct doorway there = *d;
-
-		links |= LINKS(0, link_look(&there) && is_ethernet(there.type));
-	}
-	return links;
-}
-
 /* Everything up to the first event. 0, or -1 with why. */
 static int agent_open(struct agent *a, bool once)
 {
@@ -7514,7 +7459,7 @@ static int agent_open(struct agent *a, bool once)
 			    "another --pin-dir",
 			    agent_where(pin_dir_holder(a->pin_fd)), opt.pin_dir);
 	/* the source before the datapath: a first start without one leaves nothing behind */
-	if (loop_open(a) || source_open(a, once) || datapath_load(&maps, links_expected(a)))
+	if (loop_open(a) || source_open(a, once) || datapath_load(&maps))
 		return -1;
 	if (!once)
 		metrics_open(a);
@@ -8150,7 +8095,7 @@ static enum verdict check_kernel(int what)
 	int prog;
 
 	(void)what;
-	if (datapath_open(ALL_LINKS) || datapath_verify())
+	if (datapath_open() || datapath_verify())
 		return MEND;
 	uname(&u);
 	prog = bpf_program__fd(bpf->progs.to_tailnet);

@@ -11,6 +11,8 @@ load SIZE ETCD [POD...]: through the API server 10,000 services would take minut
 measure SIZE DIR CLUSTER TAIL_LIFTER ROUNDS EVENTS: in turns, per program
     first sync  from exec until the maps (agent_map says synced) or the rules (kube-proxy's
                 own time stamp) hold everything
+    read alone  what that would take if nothing were done with it: curl reads the two lists at
+                once, as streams like the lifter does, until the server says that they are whole
     memory      VmRSS, and its anonymous part, 2 s later; the highest ever was VmHWM
     CPU         user and system time until then, its children's included
     event       from the moment an EndpointSlice is sent to the API until the kernel has it:
@@ -239,6 +241,25 @@ class KubeProxy(Program):
         subprocess.run([f"{cluster}/kube-proxy", "--cleanup"], stdout=log, stderr=log)
 
 
+def read_alone():
+    """Seconds."""
+    began = time.time()
+    keys = ["--cacert", f"{dir}/server-ca.crt", "--cert", f"{dir}/admin.crt", "--key", f"{dir}/admin.key"]
+    ask = "watch=1&sendInitialEvents=true&resourceVersionMatch=NotOlderThan&allowWatchBookmarks=true&timeoutSeconds=60"
+    reading = []
+    for what in "api/v1/services", "apis/discovery.k8s.io/v1/endpointslices":
+        curl = subprocess.Popen(["curl", "-sN", "--http1.1", *keys, f"https://127.0.0.1:6444/{what}?{ask}"], stdout=subprocess.PIPE)
+        reading.append((curl, subprocess.Popen(["grep", "-qFm1", "k8s.io/initial-events-end"], stdin=curl.stdout)))
+    if any([grep.wait() for _, grep in reading]):
+        sys.exit("curl has not read the lists")
+    took = time.time() - began
+    for curl, _ in reading:
+        curl.kill()
+        curl.wait()
+        curl.stdout.close()
+    return took
+
+
 class Api:
     def __init__(self):
         tls = ssl.create_default_context(cafile=f"{dir}/server-ca.crt")
@@ -338,7 +359,9 @@ def spread(seconds):
 def measure(rounds, n):
     found = {Lifter: [], KubeProxy: []}
     texts = {Lifter: {}, KubeProxy: {}}
+    alone = []
     for i in range(rounds):
+        alone.append(read_alone())
         for kind in found:
             program = kind()
             row = {"first sync s": program.first_sync()}
@@ -350,9 +373,9 @@ def measure(rounds, n):
                 took, answers = events(program, n)
                 texts[kind]["event ms, median / 99 % (n)"] = f"{spread(took)} ({len(took)})"
                 texts[kind]["  of it until the API answers"] = spread(answers)
-                if kind is Lifter and (alone := inside(program, n)):
-                    late = sorted(alone)[int(len(alone) * 0.99)] * 1e3
-                    texts[kind]["  of it inside the agent, n"] = f"{spread(alone)} ({len(alone)})"
+                if kind is Lifter and (within := inside(program, n)):
+                    late = sorted(within)[int(len(within) * 0.99)] * 1e3
+                    texts[kind]["  of it inside the agent, n"] = f"{spread(within)} ({len(within)})"
                     texts[KubeProxy]["  of it inside the agent, n"] = judged("inside ms", late)
                 texts[kind]["RSS MiB after the events"] = f"{program.figures()['RSS MiB']:.2f}"
                 if kind is Lifter:
@@ -362,6 +385,7 @@ def measure(rounds, n):
     for key in found[Lifter][0]:
         ours, theirs = (statistics.median(row[key] for row in found[kind]) for kind in found)
         print(f"{key:44}{ours:24.2f}" + (f"{theirs:24.2f}  {ours / theirs:.3f}" if theirs else "") + judged(key, ours))
+    print(f"{'read alone s':44}{statistics.median(alone):24.2f}")
     for key in texts[Lifter]:
         print(f"{key:44}{texts[Lifter][key]:>24}{texts[KubeProxy].get(key, ''):>24}")
 
