@@ -72,15 +72,6 @@ MAP(frag_map, LRU_HASH, TL_FRAGMENTS, 0, struct tl_tuple, struct tl_frag);
 MAP(stat_map, PERCPU_ARRAY, TL_MAX_REASONS, 0, __u32, __u64);
 
 /* === reasons ============================================================== */
-__inline_always void count(enum tl_reason reason)
-{
-	__u32 key = reason;
-	__u64 *n = bpf_map_lookup_elem(&stat_map, &key);
-
-	if (n)
-		(*n)++;
-}
-
 /* What is done with a packet: two bits for each reason. */
 enum fate { PASS, DROP, REFUSE, ECHO };
 
@@ -105,8 +96,24 @@ struct packet {
 	bool fragment; /* part of a fragmented datagram ... */
 	bool later;    /* ... and not its first: it has no ports */
 	bool odd;      /* headers we cannot follow: not to be steered, see parse_ip */
-	/* What is above is cleared for each packet. */
-	struct tl_flow flow;  /* what became of a flow that we were to write down */
+	/* What is above is cleared for each packet. What follows is ours for a moment each; on the stack a
+	 * verifier that fears speculation (without CAP_PERFMON) takes numbers for pointers, whose neighbours
+	 * nobody may write. */
+	struct tl_flow flow, other; /* what became of a flow that we were to write down, and of its other half */
+	struct tl_backend backend;  /* for a new flow, and ... */
+	__u64 seed;		    /* ... its tl_chunk.seed; before it is chosen: the one to prefer, or 0 */
+	struct tl_tuple key, to;    /* of an entry; what an error or an echo becomes */
+	__u32 reason, ifindex;
+	struct tl_svc_key svc;
+	struct tl_net_key net;
+	struct tl_set_key set;
+	struct tl_affinity_key client;
+	struct tl_affinity last;
+	struct tl_frag first;
+	struct iphdr ip4;
+	struct ipv6hdr ip6;
+	struct tcphdr rst;
+	struct icmp6hdr icmp;
 	__u8 quote[TL_QUOTE]; /* see refuse_icmp */
 	__u64 answers_since;  /* jiffies: the second in which ... */
 	__u64 n_answers;      /* ... so many answers were sent by this CPU */
@@ -116,6 +123,16 @@ enum tcp_flag { FIN = 0x01, SYN = 0x02, RST = 0x04, ACK = 0x10 };
 enum { PACKET, QUOTED, N_PACKETS }; /* the packet at hand; what an ICMP error quotes */
 
 MAP(packet_map, PERCPU_ARRAY, N_PACKETS, 0, __u32, struct packet);
+
+__inline_always void count(struct packet *p, enum tl_reason reason)
+{
+	__u64 *n;
+
+	p->reason = reason;
+	n = bpf_map_lookup_elem(&stat_map, &p->reason);
+	if (n)
+		(*n)++;
+}
 
 /* Of an IP header without options or extensions. */
 __inline_always __u32 ip_size(const struct packet *p)
@@ -138,17 +155,27 @@ __inline_always bool is_mapped(const struct tl_addr *a)
 	return !a->w[0] && !a->w[1] && a->w[2] == bpf_htonl(0xffff);
 }
 
-/* Where is IPv4's or TCP's option of this kind? 0: nowhere, or behind TL_OPTIONS others. */
-static __noinline int find_option(struct __sk_buff *skb, __u32 at, __u32 end, __u8 kind)
+/* The option of this kind, if it is IPv4's or TCP's option at `at`, else the next one; 0: there is none. */
+__noinline __u32 next_option(struct __sk_buff *skb, __u32 at, __u32 end, __u32 kind)
 {
 	__u8 opt[2];
 
-	for (int i = 0; i < TL_OPTIONS; i++, at += opt[0] == 1 ? 1 : opt[1]) { /* 1: NOP, a byte alone */
-		if (at + sizeof(opt) > end || bpf_skb_load_bytes(skb, at, opt, sizeof(opt)) || !opt[0] ||
-		    (opt[0] != 1 && (opt[1] < 2 || at + opt[1] > end)))
-			return 0;
-		if (opt[0] == kind)
-			return at;
+	if (at + sizeof(opt) > end || bpf_skb_load_bytes(skb, at, opt, sizeof(opt)) || !opt[0] ||
+	    (opt[0] != 1 && (opt[1] < 2 || at + opt[1] > end)))
+		return 0;
+	return opt[0] == kind ? at : opt[0] == 1 ? at + 1 : at + opt[1]; /* 1: NOP, a byte alone */
+}
+
+/* Where is the option of this kind? 0: nowhere, or behind TL_OPTIONS others. */
+static __noinline __u32 find_option(struct __sk_buff *skb, __u32 at, __u32 end, __u32 kind)
+{
+#pragma unroll
+	for (int i = 0; i < TL_OPTIONS; i++) {
+		__u32 next = next_option(skb, at, end, kind);
+
+		if (!next || next == at)
+			return next;
+		at = next;
 	}
 	return 0;
 }
@@ -191,31 +218,33 @@ __inline_always int parse_v6(struct __sk_buff *skb, struct packet *p, const stru
 		__be16 offset;
 		__be32 id;
 	} ext;
-	__u8 next = ip->nexthdr;
-	__u32 l4 = p->l3 + sizeof(*ip);
+	__u8 next;
 
 	__builtin_memcpy(&p->tuple, &ip->saddr, 32);
 	if (is_mapped(&p->tuple.src) || is_mapped(&p->tuple.dst))
 		return TL_MALFORMED; /* would alias an IPv4 service */
 	p->v6 = true;
-	p->end = ip->payload_len ? l4 + bpf_ntohs(ip->payload_len) : p->l3;
-	for (int i = 0; i < TL_EXTENSIONS && is_extension(next) && !p->later; i++) {
-		if (bpf_skb_load_bytes(skb, l4, &ext, sizeof(ext)))
+	p->tuple.proto = ip->nexthdr;
+	p->l4 = p->l3 + sizeof(*ip);
+	p->end = ip->payload_len ? p->l4 + bpf_ntohs(ip->payload_len) : p->l3;
+#pragma unroll
+	for (int i = 0; i < TL_EXTENSIONS; i++) {
+		asm volatile("" ::: "memory"); /* or the verifier has numbers to keep apart */
+		next = p->tuple.proto;
+		if (!is_extension(next) || p->later || bpf_skb_load_bytes(skb, p->l4, &ext, sizeof(ext)))
 			break;
 		if (next == IPPROTO_FRAGMENT) {
 			p->frag_id = ext.id;
 			p->fragment = ext.offset & bpf_htons(0xfff9);
 			p->later = ext.offset & bpf_htons(0xfff8);
-			l4 += sizeof(ext);
+			p->l4 += sizeof(ext);
 		} else { /* a routing header that is not used up: this is not its destination */
 			p->odd |= next == IPPROTO_ROUTING && ext.offset & bpf_htons(0x00ff);
-			l4 += (ext.len + 1) * 8;
+			p->l4 += (ext.len + 1) * 8;
 		}
-		next = ext.next;
+		p->tuple.proto = ext.next;
 	}
-	p->odd |= !p->later && is_extension(next);
-	p->tuple.proto = next;
-	p->l4 = l4;
+	p->odd |= !p->later && is_extension(p->tuple.proto);
 	return 0;
 }
 
@@ -249,26 +278,24 @@ static __noinline int parse_ip(struct __sk_buff *skb, struct packet *p, __u32 l3
 }
 
 /* The same fragments in the same direction: address pair, protocol, IP id. */
-__inline_always struct tl_tuple fragment_key(const struct packet *p)
+__inline_always struct tl_tuple *fragment_key(struct packet *p)
 {
 	__u8 proto = p->v6 ? 0 : p->tuple.proto; /* RFC 8200: an id stands without protocol */
 
-	return (struct tl_tuple){ p->tuple.src, p->tuple.dst, p->frag_id, p->frag_id >> 16, proto, p->tuple.dir, 0 };
+	p->key = (struct tl_tuple){ p->tuple.src, p->tuple.dst, p->frag_id, p->frag_id >> 16, proto, p->tuple.dir, 0 };
+	return &p->key;
 }
 
-__inline_always void remember_fragment(const struct packet *p)
+__inline_always void remember_fragment(struct packet *p)
 {
-	struct tl_frag first = { p->tuple.sport, p->tuple.dport, bpf_jiffies64(), p->tuple.proto };
-	struct tl_tuple key = fragment_key(p);
-
-	bpf_map_update_elem(&frag_map, &key, &first, BPF_ANY);
+	p->first = (struct tl_frag){ p->tuple.sport, p->tuple.dport, bpf_jiffies64(), p->tuple.proto };
+	bpf_map_update_elem(&frag_map, fragment_key(p), &p->first, BPF_ANY);
 }
 
 /* Of a later fragment: what its first one left, if that was lately: ids come again. */
 __inline_always bool know_fragment(struct packet *p)
 {
-	struct tl_tuple key = fragment_key(p);
-	struct tl_frag *first = bpf_map_lookup_elem(&frag_map, &key);
+	struct tl_frag *first = bpf_map_lookup_elem(&frag_map, fragment_key(p));
 
 	if (!first || (__u32)bpf_jiffies64() - first->seen > TL_FRAGMENT_LIFE * (__u32)tl_hz)
 		return false;
@@ -342,12 +369,8 @@ __inline_always __u32 checksum_offset(const struct packet *p)
 __inline_always int write_addresses(struct __sk_buff *skb, struct packet *p, const struct tl_tuple *to, __u32 check,
 				    __u64 flags)
 {
-	struct {
-		__u16 zero, check; /* the header's, which no device is left to fill in */
-		__be32 src, dst;
-	} v4 = { .src = to->src.w[3], .dst = to->dst.w[3] };
 	__u64 diff = p->v6 ? bpf_csum_diff((void *)&p->tuple, 32, (void *)to, 32, 0) :
-			     fold((__u64)~p->tuple.src.w[3] + (__u32)~p->tuple.dst.w[3] + v4.src + v4.dst);
+			     fold((__u64)~p->tuple.src.w[3] + (__u32)~p->tuple.dst.w[3] + to->src.w[3] + to->dst.w[3]);
 
 	if (check && bpf_l4_csum_replace(skb, check, 0, diff, flags | BPF_F_PSEUDO_HDR))
 		return -1;
@@ -357,8 +380,10 @@ __inline_always int write_addresses(struct __sk_buff *skb, struct packet *p, con
 		bpf_csum_update(skb, diff);
 		return bpf_skb_store_bytes(skb, p->l3 + 8, &to->src, 32, 0);
 	}
-	v4.check = ~fold((__u16)~p->check + diff);
-	return bpf_skb_store_bytes(skb, p->l3 + 10, &v4.check, 10, 0);
+	p->ip4.check = ~fold((__u16)~p->check + diff); /* which no device is left to fill in */
+	p->ip4.saddr = to->src.w[3];
+	p->ip4.daddr = to->dst.w[3];
+	return bpf_skb_store_bytes(skb, p->l3 + __builtin_offsetof(struct iphdr, check), &p->ip4.check, 10, 0);
 }
 
 /* Ports are not, and with CHECKSUM_PARTIAL the field must not know of them. */
@@ -369,7 +394,7 @@ __inline_always int write_ports(struct __sk_buff *skb, struct packet *p, const s
 
 	if (check && bpf_l4_csum_replace(skb, check, old, new, flags | 4))
 		return -1;
-	return bpf_skb_store_bytes(skb, p->l4, &new, 4, 0);
+	return bpf_skb_store_bytes(skb, p->l4, &to->sport, 4, 0);
 }
 
 /* === services ============================================================= */
@@ -395,20 +420,18 @@ __inline_always __u64 hash_tuple(const struct tl_tuple *t)
 }
 
 /* Whose address is it, if no service has the port? */
-__inline_always int reason_without_service(const struct packet *p)
+__inline_always int reason_without_service(struct packet *p)
 {
-	struct tl_svc_key address = { .addr = p->tuple.dst };
-	struct tl_net_key net = { 64 + 128, { 0, 0 }, p->tuple.dst };
-
-	return bpf_map_lookup_elem(&svc_map, &address) ? TL_NO_PORT :
-	       bpf_map_lookup_elem(&net_map, &net) ? TL_NO_SERVICE : TL_NOT_SERVED;
+	p->svc = (struct tl_svc_key){ .addr = p->tuple.dst };
+	p->net = (struct tl_net_key){ 64 + 128, { 0, 0 }, p->tuple.dst };
+	return bpf_map_lookup_elem(&svc_map, &p->svc) ? TL_NO_PORT :
+	       bpf_map_lookup_elem(&net_map, &p->net) ? TL_NO_SERVICE : TL_NOT_SERVED;
 }
 
-__inline_always bool source_allowed(const struct packet *p, __u64 name)
+__inline_always bool source_allowed(struct packet *p, __u64 name)
 {
-	struct tl_net_key net = { 64 + 128, { name, name >> 32 }, p->tuple.src };
-
-	return bpf_map_lookup_elem(&net_map, &net);
+	p->net = (struct tl_net_key){ 64 + 128, { name, name >> 32 }, p->tuple.src };
+	return bpf_map_lookup_elem(&net_map, &p->net);
 }
 
 /* Rendezvous hashing (Thaler, Ravishankar 1998): every backend draws a number for this client tuple, the
@@ -444,53 +467,55 @@ __noinline __s64 choose_in(__u64 set, __u32 c, __u32 end, __u64 hash, __s64 best
 CHOOSE(choose_among, choose_in, 1)
 CHOOSE(choose_all, choose_among, 16)
 
-__inline_always struct tl_backend *choose(const struct tl_svc *svc, __u64 hash, __u64 *seed)
+/* The one of svc that `hash` draws, into p->backend and p->seed; false: they were replaced meanwhile. */
+static __noinline bool choose(struct packet *p, const struct tl_svc *svc, __u64 hash)
 {
 	__s64 best = choose_all(svc->set, 0, (svc->n_backends + TL_CHUNK - 1) / TL_CHUNK, hash, 0);
-	struct tl_set_key key = { .set = svc->set, .chunk = (__u32)best % TL_MAX_BACKENDS / TL_CHUNK };
-	struct tl_chunk *chunk = best < 0 ? NULL : bpf_map_lookup_elem(&set_map, &key);
+	struct tl_chunk *chunk;
 
+	if (best < 0)
+		return false;
+	p->set = (struct tl_set_key){ svc->set, (__u32)best % TL_MAX_BACKENDS / TL_CHUNK, 0 };
+	chunk = bpf_map_lookup_elem(&set_map, &p->set);
 	if (!chunk)
-		return NULL;
+		return false;
 	asm volatile("" : "+r"(best)); /* or clang adds to the pointer before it asks for NULL */
-	*seed = chunk->seed[(__u32)best % TL_CHUNK];
-	return &chunk->at[(__u32)best % TL_CHUNK];
+	p->seed = chunk->seed[(__u32)best % TL_CHUNK];
+	p->backend = chunk->at[(__u32)best % TL_CHUNK];
+	return true;
 }
 
-/* The backend for a new flow: `prefer` (a seed, 0: none) if it is in the set, before it what
- * affinity says, else by hash; NULL: *reason says why none. */
-__inline_always struct tl_backend *backend_for(const struct packet *p, const struct tl_svc *svc,
-					       __u64 prefer, __u64 *seed, int *reason)
+/* Chooses for a new flow: what p->seed prefers, if it is in the set, before it what affinity says,
+ * else by hash. 0, or why there is no backend. */
+__inline_always int backend_for(struct packet *p, const struct tl_svc *svc)
 {
-	struct tl_affinity_key key = { svc->name, p->tuple.src };
-	struct tl_affinity *old, new = { .used = bpf_jiffies64() };
-	struct tl_backend *backend = NULL;
+	__u64 prefer = p->seed;
+	struct tl_affinity *last;
 
-	*reason = svc->flags & TL_SVC_DROP_IF_EMPTY ? TL_NO_LOCAL_BACKEND : TL_NO_BACKEND;
 	if (!svc->n_backends)
-		return NULL;
+		return svc->flags & TL_SVC_DROP_IF_EMPTY ? TL_NO_LOCAL_BACKEND : TL_NO_BACKEND;
+	p->client = (struct tl_affinity_key){ svc->name, p->tuple.src };
 	if (svc->affinity) {
-		old = bpf_map_lookup_elem(&aff_map, &key);
-		if (old && new.used - old->used <= svc->affinity * tl_hz)
-			prefer = old->seed;
+		last = bpf_map_lookup_elem(&aff_map, &p->client);
+		if (last && bpf_jiffies64() - last->used <= svc->affinity * tl_hz)
+			prefer = last->seed;
 	}
-	*reason = TL_BACKENDS_MOVED;
-	if (prefer)
-		backend = choose(svc, prefer ^ DRAW_HIGHEST, seed);
-	if (!backend || *seed != prefer)
-		backend = choose(svc, hash_tuple(&p->tuple), seed);
-	if (backend && svc->affinity) {
-		new.seed = *seed;
-		bpf_map_update_elem(&aff_map, &key, &new, BPF_ANY);
+	if (!(prefer && choose(p, svc, prefer ^ DRAW_HIGHEST) && p->seed == prefer) &&
+	    !choose(p, svc, hash_tuple(&p->tuple)))
+		return TL_BACKENDS_MOVED;
+	if (svc->affinity) {
+		p->last = (struct tl_affinity){ p->seed, bpf_jiffies64() };
+		bpf_map_update_elem(&aff_map, &p->client, &p->last, BPF_ANY);
 	}
-	return backend;
+	return 0;
 }
 
 /* === flows ================================================================ */
-/* What the far side sends. A flow's other half has the key turned(to), and becomes the turned key. */
-__inline_always struct tl_tuple turned(const struct tl_tuple *t)
+/* *t as the far side sends it, in *to. A flow's other half has the key turned(to), and becomes the turned key. */
+__inline_always struct tl_tuple *turned(struct tl_tuple *to, const struct tl_tuple *t)
 {
-	return (struct tl_tuple){ t->dst, t->src, t->dport, t->sport, t->proto, t->dir ^ 1, 0 };
+	*to = (struct tl_tuple){ t->dst, t->src, t->dport, t->sport, t->proto, t->dir ^ 1, 0 };
+	return to;
 }
 
 __inline_always bool same_addr(const struct tl_addr *a, const struct tl_addr *b)
@@ -512,26 +537,28 @@ __inline_always bool is_expired(const struct tl_flow *flow)
 /* Writes the other half of p->flow, p->tuple's, unless it is there; 0, TL_FLOW_HEALED if it had to
  * be written, TL_STALE_REPLY if its place belongs to another flow, TL_FLOW_TABLE if it could not be
  * written. What is written may take the place in memory of any flow that others looked up before. */
-static __noinline int keep_other(const struct packet *p)
+static __noinline int keep_other(struct packet *p)
 {
-	const struct tl_flow *flow = &p->flow;
-	struct tl_tuple key = turned(&flow->to);
-	struct tl_flow *there = bpf_map_lookup_elem(&ct_map, &key),
-		       other = { .to = turned(&p->tuple), .state = flow->state, .seen = flow->seen,
-				 .name = flow->name, .seed = flow->seed };
+	struct tl_flow *there;
 
-	if (!there && !bpf_map_update_elem(&ct_map, &key, &other, BPF_NOEXIST))
-		return TL_FLOW_HEALED;
-	if (!there) /* another CPU was faster, or the table is full */
-		there = bpf_map_lookup_elem(&ct_map, &key);
-	if (there && same_tuple(&there->to, &other.to)) {
-		there->seen = flow->seen;
-		there->state = flow->state;
+	p->other = (struct tl_flow){ .state = p->flow.state, .seen = p->flow.seen, .name = p->flow.name, .seed = p->flow.seed };
+	turned(&p->other.to, &p->tuple);
+	there = bpf_map_lookup_elem(&ct_map, turned(&p->key, &p->flow.to));
+	if (!there) {
+		if (!bpf_map_update_elem(&ct_map, &p->key, &p->other, BPF_NOEXIST))
+			return TL_FLOW_HEALED;
+		there = bpf_map_lookup_elem(&ct_map, &p->key); /* another CPU was faster, or the table is full */
+		if (!there)
+			return TL_FLOW_TABLE;
+	}
+	if (same_tuple(&there->to, &p->other.to)) {
+		there->seen = p->flow.seen;
+		there->state = p->flow.state;
 		return 0;
 	}
-	if (there && !is_expired(there))
+	if (!is_expired(there))
 		return TL_STALE_REPLY;
-	return !there || bpf_map_update_elem(&ct_map, &key, &other, BPF_ANY) ? TL_FLOW_TABLE : TL_FLOW_HEALED;
+	return bpf_map_update_elem(&ct_map, &p->key, &p->other, BPF_ANY) ? TL_FLOW_TABLE : TL_FLOW_HEALED;
 }
 
 /* Accounts for a packet of a known flow, or one that begins `anew`, and when its state changes, and
@@ -562,7 +589,7 @@ __inline_always int use_flow(struct __sk_buff *skb, struct packet *p, struct tl_
 	if (reason == TL_STALE_REPLY || (reason == TL_FLOW_TABLE && !back))
 		return reason;
 	if (reason == TL_FLOW_HEALED)
-		count(TL_FLOW_HEALED);
+		count(p, TL_FLOW_HEALED);
 	*at = &p->flow;
 	return 0;
 }
@@ -579,8 +606,10 @@ static __noinline int begin_flow(struct __sk_buff *skb, struct packet *p, __u32 
 	p->flow.packets = 1;
 	p->flow.bytes = skb->len;
 	reason = keep_other(p);
-	/* SCTP's checksum we cannot mend */
-	for (int i = 1; i < TL_PORT_TRIES && reason == TL_STALE_REPLY && p->tuple.proto != IPPROTO_SCTP; i++) {
+#pragma unroll
+	for (int i = 1; i < TL_PORT_TRIES; i++) {
+		if (reason != TL_STALE_REPLY || p->tuple.proto == IPPROTO_SCTP) /* whose checksum we cannot mend */
+			break;
 		hash = mix(hash);
 		p->flow.to.sport = bpf_htons(least + hash % (65536 - least));
 		reason = keep_other(p);
@@ -592,34 +621,39 @@ static __noinline int begin_flow(struct __sk_buff *skb, struct packet *p, __u32 
 
 /* Whose backend has left, or that is over: the pair goes, or its replies would be taken for the new
  * one's. What has the other half's place may be another flow's. */
-static __noinline void forget_flow(const struct tl_tuple *t, const struct tl_flow *flow)
+static __noinline void forget_flow(struct packet *p, const struct tl_flow *flow)
 {
-	struct tl_tuple key = turned(&flow->to), to = turned(t);
-	struct tl_flow *there = bpf_map_lookup_elem(&ct_map, &key);
+	struct tl_flow *there = bpf_map_lookup_elem(&ct_map, turned(&p->key, &flow->to));
 
-	if (there && same_tuple(&there->to, &to))
-		bpf_map_delete_elem(&ct_map, &key);
-	bpf_map_delete_elem(&ct_map, t);
+	if (there && same_tuple(&there->to, turned(&p->to, &p->tuple)))
+		bpf_map_delete_elem(&ct_map, &p->key);
+	bpf_map_delete_elem(&ct_map, &p->tuple);
 }
 
 /* Nor for what the pod itself is asked, from a port whose flow is over. */
-__inline_always void forget_reply(const struct tl_tuple *t)
+__inline_always void forget_reply(struct packet *p)
 {
-	struct tl_tuple key = turned(t);
-	struct tl_flow *flow = bpf_map_lookup_elem(&ct_map, &key);
+	struct tl_flow *flow = bpf_map_lookup_elem(&ct_map, turned(&p->key, &p->tuple));
 
 	if (flow && flow->state & TL_FLOW_CLOSED)
-		bpf_map_delete_elem(&ct_map, &key);
+		bpf_map_delete_elem(&ct_map, &p->key);
+}
+
+/* What the agent says of the link the packet is on. */
+__inline_always struct tl_door *door_of(const struct __sk_buff *skb, struct packet *p)
+{
+	p->ifindex = skb->ifindex;
+	return bpf_map_lookup_elem(&door_map, &p->ifindex);
 }
 
 /* === translation ========================================================== */
 /* The MSS in a SYN becomes what fits through the tunnel: larger segments would be cut up or lost. */
-static __noinline int clamp_mss(struct __sk_buff *skb, const struct packet *p)
+static __noinline int clamp_mss(struct __sk_buff *skb, struct packet *p)
 {
-	__u32 key = skb->ifindex, at;
-	struct tl_door *door = bpf_map_lookup_elem(&door_map, &key);
+	struct tl_door *door = door_of(skb, p);
 	__be16 opt[2], new; /* kind and length, the MSS */
 	__u8 doff;
+	__u32 at;
 
 	if (!door || door->mtu < 128 || bpf_skb_load_bytes(skb, p->l4 + 12, &doff, 1))
 		return 0;
@@ -635,7 +669,7 @@ static __noinline int clamp_mss(struct __sk_buff *skb, const struct packet *p)
 	}
 	if (bpf_l4_csum_replace(skb, checksum_offset(p), opt[1], new, 2))
 		return TL_WRITE;
-	count(TL_MSS_CLAMPED);
+	count(p, TL_MSS_CLAMPED);
 	return 0;
 }
 
@@ -664,7 +698,6 @@ static __noinline int icmp_error(struct __sk_buff *skb, struct packet *p)
 {
 	__u32 which = QUOTED, check, icmp_check = p->l4 + __builtin_offsetof(struct icmp6hdr, icmp6_cksum);
 	struct packet *q = bpf_map_lookup_elem(&packet_map, &which);
-	struct tl_tuple key, outer, inner;
 	struct tl_flow *flow;
 	__be16 old, new;
 
@@ -673,26 +706,25 @@ static __noinline int icmp_error(struct __sk_buff *skb, struct packet *p)
 	    q->l4 + 4 > p->end || bpf_skb_load_bytes(skb, q->l4, &q->tuple.sport, 4) ||
 	    !same_addr(&q->tuple.src, &p->tuple.dst))
 		return 0;
-	key = turned(&q->tuple);
-	flow = bpf_map_lookup_elem(&ct_map, &key);
+	flow = bpf_map_lookup_elem(&ct_map, turned(&q->key, &q->tuple));
 	if (!flow || is_expired(flow))
 		return 0;
-	outer = flow->to;
-	inner = turned(&outer);
-	if (p->tuple.dir != TL_REPLY && !same_addr(&p->tuple.src, &key.src))
-		outer.src = p->tuple.src;
-	if (write_addresses(skb, p, &outer, p->v6 ? icmp_check : 0, 0))
+	p->to = flow->to;
+	turned(&q->to, &p->to);
+	if (p->tuple.dir != TL_REPLY && !same_addr(&p->tuple.src, &q->key.src))
+		p->to.src = p->tuple.src;
+	if (write_addresses(skb, p, &p->to, p->v6 ? icmp_check : 0, 0))
 		return TL_WRITE;
 	check = checksum_offset(q);
 	if (check && check + 2 <= p->end && !bpf_skb_load_bytes(skb, check, &old, 2) &&
-	    (old || key.proto != IPPROTO_UDP)) {
-		new = ~fold((__u32)bpf_csum_diff((void *)&q->tuple, 36, (void *)&inner, 36, (__u16)~old));
-		if (!new && key.proto == IPPROTO_UDP)
+	    (old || q->tuple.proto != IPPROTO_UDP)) {
+		new = ~fold((__u32)bpf_csum_diff((void *)&q->tuple, 36, (void *)&q->to, 36, (__u16)~old));
+		if (!new && q->tuple.proto == IPPROTO_UDP)
 			new = 0xffff;
 		if (bpf_skb_store_bytes(skb, check, &new, 2, 0) || bpf_l4_csum_replace(skb, icmp_check, old, new, 2))
 			return TL_WRITE;
 	}
-	if (write_addresses(skb, q, &inner, p->v6 ? icmp_check : 0, 0) || write_ports(skb, q, &inner, icmp_check, 0))
+	if (write_addresses(skb, q, &q->to, p->v6 ? icmp_check : 0, 0) || write_ports(skb, q, &q->to, icmp_check, 0))
 		return TL_WRITE;
 	return TL_ICMP_ERROR;
 }
@@ -708,39 +740,42 @@ __inline_always int without_ports(struct __sk_buff *skb, struct packet *p, int o
 /* === directions =========================================================== */
 /* A request without a flow, or a SYN, which asks anew: a flow whose backend is still in the set and
  * that nobody closed stays where it is (the SYN came twice), any other is replaced. */
-static __noinline int new_request(struct __sk_buff *skb, struct packet *p, struct tl_flow *old)
+static __noinline int new_request(struct __sk_buff *skb, struct packet *p)
 {
-	__u64 prefer = old && !(old->state & TL_FLOW_CLOSED) ? old->seed : 0, seed = 0;
-	struct tl_svc_key key = { p->tuple.dst, p->tuple.dport, p->tuple.proto, 0 };
-	struct tl_svc *svc = bpf_map_lookup_elem(&svc_map, &key);
-	struct tl_backend *backend;
-	int reason = 0;
+	struct tl_flow *old;
+	struct tl_svc *svc;
+	int reason;
 
-	if (!svc && is_syn(p)) /* perhaps to a pod itself, from a port that has used a service */
-		forget_reply(&p->tuple);
-	if (!svc)
+	p->svc = (struct tl_svc_key){ p->tuple.dst, p->tuple.dport, p->tuple.proto, 0 };
+	svc = bpf_map_lookup_elem(&svc_map, &p->svc);
+	if (!svc) {
+		if (is_syn(p)) /* perhaps to a pod itself, from a port that has used a service */
+			forget_reply(p);
 		return reason_without_service(p);
+	}
 	if (svc->flags & TL_SVC_SOURCES && !source_allowed(p, svc->name))
 		return TL_SOURCE;
-	backend = backend_for(p, svc, prefer, &seed, &reason);
-	if (!backend)
+	reason = backend_for(p, svc);
+	if (reason)
 		return reason;
-	if (old && old->seed == seed && !use_flow(skb, p, &old, true))
-		return translate(skb, p, &old->to, TL_REQUEST_SENT);
-	if (old)
-		forget_flow(&p->tuple, old);
+	old = bpf_map_lookup_elem(&ct_map, &p->tuple);
+	if (old) {
+		if (old->seed == p->seed && !use_flow(skb, p, &old, true))
+			return translate(skb, p, &old->to, TL_REQUEST_SENT);
+		forget_flow(p, old);
+	}
 	p->flow.to = p->tuple;
-	p->flow.to.dst = backend->addr;
-	p->flow.to.dport = backend->port;
-	p->flow.state = backend->flags & TL_BACKEND_SNAT ? TL_FLOW_SNAT : 0;
+	p->flow.to.dst = p->backend.addr;
+	p->flow.to.dport = p->backend.port;
+	p->flow.state = p->backend.flags & TL_BACKEND_SNAT ? TL_FLOW_SNAT : 0;
 	p->flow.name = svc->name;
-	p->flow.seed = seed;
+	p->flow.seed = p->seed;
 	reason = begin_flow(skb, p, 1024);
 	if (reason)
 		return reason;
-	count(TL_FLOW_NEW);
+	count(p, TL_FLOW_NEW);
 	if (p->flow.to.sport != p->tuple.sport)
-		count(TL_PORT_CHANGED);
+		count(p, TL_PORT_CHANGED);
 	return translate(skb, p, &p->flow.to, TL_REQUEST_SENT);
 }
 
@@ -757,10 +792,15 @@ static __noinline int request(struct __sk_buff *skb, struct packet *p)
 		return type == (p->v6 ? ICMPV6_ECHO_REQUEST : ICMP_ECHO) ? TL_PING :
 		       is_error(p, type) ? TL_ICMP_STRAY : TL_PROTOCOL;
 	}
+	p->seed = 0;
 	flow = bpf_map_lookup_elem(&ct_map, &p->tuple);
-	if (flow && !is_syn(p) && !use_flow(skb, p, &flow, false))
-		return translate(skb, p, &flow->to, TL_REQUEST_SENT);
-	return new_request(skb, p, flow);
+	if (flow) {
+		if (!is_syn(p) && !use_flow(skb, p, &flow, false))
+			return translate(skb, p, &flow->to, TL_REQUEST_SENT);
+		if (!(flow->state & TL_FLOW_CLOSED))
+			p->seed = flow->seed;
+	}
+	return new_request(skb, p);
 }
 
 /* What a backend sends, back by the road of its requests. */
@@ -785,10 +825,8 @@ static __noinline int from_backend(struct __sk_buff *skb, struct packet *p)
  * whose source another masquerade has changed is no longer of a flow we know. */
 static __noinline int to_backend(struct __sk_buff *skb, struct packet *p)
 {
-	__u32 ifindex = skb->ifindex;
 	struct tl_flow *flow, *of;
 	struct tl_door *door;
-	struct tl_tuple key;
 	int reason;
 
 	if (parse_ports(skb, p))
@@ -796,10 +834,9 @@ static __noinline int to_backend(struct __sk_buff *skb, struct packet *p)
 	flow = bpf_map_lookup_elem(&ct_map, &p->tuple);
 	if (flow && !use_flow(skb, p, &flow, is_syn(p)))
 		return translate(skb, p, &flow->to, TL_SNAT_OUT);
-	key = turned(&p->tuple);
-	key.dir = TL_REPLY;
-	of = bpf_map_lookup_elem(&ct_map, &key);
-	door = bpf_map_lookup_elem(&door_map, &ifindex);
+	turned(&p->key, &p->tuple)->dir = TL_REPLY;
+	of = bpf_map_lookup_elem(&ct_map, &p->key);
+	door = door_of(skb, p);
 	if (!of || !(of->state & TL_FLOW_SNAT) || !door)
 		return TL_NO_FLOW;
 	p->flow = (struct tl_flow){ .to = p->tuple, .name = of->name, .seed = of->seed };
@@ -835,21 +872,25 @@ __inline_always __u64 pseudo_sum(const struct packet *p, __u8 proto, __u32 len)
 	return (__u64)bpf_csum_diff(NULL, 0, (void *)&p->tuple.src, 32, 0) + bpf_htonl(len) + bpf_htonl(proto);
 }
 
-/* Sends an answer: an IP header, TCP's or ICMP's in `head`, and what is behind; `len` without IP's. */
-static __noinline int send_answer(struct __sk_buff *skb, const struct packet *p, __u8 proto, const void *head, __u32 len)
+/* Sends an answer: an IP header, p->rst or p->icmp, and what is behind; `len` without the IP header. */
+static __noinline int send_answer(struct __sk_buff *skb, struct packet *p, __u8 proto, __u32 len)
 {
-	struct ipv6hdr v6 = { .version = 6, .payload_len = bpf_htons(len), .nexthdr = proto, .hop_limit = 64 };
-	struct iphdr v4 = { .version = 4, .ihl = 5, .tot_len = bpf_htons(sizeof(v4) + len), .ttl = 64,
-			    .frag_off = bpf_htons(0x4000), /* an id of 0 wants "don't fragment", RFC 6864 */
-			    .protocol = proto, .saddr = p->tuple.dst.w[3], .daddr = p->tuple.src.w[3] };
 	__u32 behind = p->l3 + ip_size(p);
 
-	v4.check = ~fold(bpf_csum_diff(NULL, 0, (void *)&v4, sizeof(v4), 0));
-	__builtin_memcpy(&v6.saddr, &p->tuple.dst, 16);
-	__builtin_memcpy(&v6.daddr, &p->tuple.src, 16);
-	if ((p->v6 ? bpf_skb_store_bytes(skb, p->l3, &v6, sizeof(v6), 0) : bpf_skb_store_bytes(skb, p->l3, &v4, sizeof(v4), 0)) ||
-	    (proto == IPPROTO_TCP ? bpf_skb_store_bytes(skb, behind, head, sizeof(struct tcphdr), 0) :
-				    bpf_skb_store_bytes(skb, behind, head, sizeof(struct icmp6hdr), 0)))
+	if (p->v6) {
+		p->ip6 = (struct ipv6hdr){ .version = 6, .payload_len = bpf_htons(len), .nexthdr = proto, .hop_limit = 64 };
+		__builtin_memcpy(&p->ip6.saddr, &p->tuple.dst, 16);
+		__builtin_memcpy(&p->ip6.daddr, &p->tuple.src, 16);
+	} else {
+		p->ip4 = (struct iphdr){ .version = 4, .ihl = 5, .tot_len = bpf_htons(sizeof(p->ip4) + len), .ttl = 64,
+					 .frag_off = bpf_htons(0x4000), /* an id of 0 wants "don't fragment", RFC 6864 */
+					 .protocol = proto, .saddr = p->tuple.dst.w[3], .daddr = p->tuple.src.w[3] };
+		p->ip4.check = ~fold(bpf_csum_diff(NULL, 0, (void *)&p->ip4, sizeof(p->ip4), 0));
+	}
+	if ((p->v6 ? bpf_skb_store_bytes(skb, p->l3, &p->ip6, sizeof(p->ip6), 0) :
+		     bpf_skb_store_bytes(skb, p->l3, &p->ip4, sizeof(p->ip4), 0)) ||
+	    (proto == IPPROTO_TCP ? bpf_skb_store_bytes(skb, behind, &p->rst, sizeof(p->rst), 0) :
+				    bpf_skb_store_bytes(skb, behind, &p->icmp, sizeof(p->icmp), 0)))
 		return -1;
 	return send_back(skb, p);
 }
@@ -871,33 +912,33 @@ __inline_always bool is_partial(struct __sk_buff *skb, __u32 check, __u16 *parti
 __inline_always int refuse_tcp(struct __sk_buff *skb, struct packet *p)
 {
 	__u32 next = p->end - p->l4;
-	struct tcphdr tcp, rst;
+	struct tcphdr tcp;
 	__u16 partial;
 	__u64 sum;
 
 	if (bpf_skb_load_bytes(skb, p->l4, &tcp, sizeof(tcp)) || tcp.rst)
 		return -1;
 	next += bpf_ntohl(tcp.seq) - tcp.doff * 4 + tcp.syn + tcp.fin;
-	rst = (struct tcphdr){ .source = tcp.dest, .dest = tcp.source, .doff = sizeof(rst) / 4, .rst = 1, .ack = !tcp.ack,
-			       .seq = tcp.ack ? tcp.ack_seq : 0, .ack_seq = tcp.ack ? 0 : bpf_htonl(next) };
-	sum = pseudo_sum(p, IPPROTO_TCP, sizeof(rst));
-	rst.check = is_partial(skb, checksum_offset(p), &partial) ? fold(sum) :
-			    ~fold(sum + bpf_csum_diff(NULL, 0, (void *)&rst, sizeof(rst), 0));
-	if (bpf_skb_change_tail(skb, p->l4 + sizeof(rst), 0))
+	p->rst = (struct tcphdr){ .source = tcp.dest, .dest = tcp.source, .doff = sizeof(tcp) / 4, .rst = 1, .ack = !tcp.ack,
+				  .seq = tcp.ack ? tcp.ack_seq : 0, .ack_seq = tcp.ack ? 0 : bpf_htonl(next) };
+	sum = pseudo_sum(p, IPPROTO_TCP, sizeof(tcp));
+	p->rst.check = is_partial(skb, checksum_offset(p), &partial) ? fold(sum) :
+			       ~fold(sum + bpf_csum_diff(NULL, 0, (void *)&p->rst, sizeof(tcp), 0));
+	if (bpf_skb_change_tail(skb, p->l4 + sizeof(tcp), 0))
 		return -1;
-	return send_answer(skb, p, IPPROTO_TCP, &rst, sizeof(rst));
+	return send_answer(skb, p, IPPROTO_TCP, sizeof(tcp));
 }
 
 /* Port unreachable (RFC 792, RFC 4443), quoting what came. What the device sums up when it fills in
  * the quoted checksum becomes the complement of what the field holds now, which our own sum counts. */
 __inline_always int refuse_icmp(struct __sk_buff *skb, struct packet *p)
 {
-	struct icmp6hdr icmp = { .icmp6_type = p->v6 ? ICMPV6_DEST_UNREACH : ICMP_DEST_UNREACH,
-				 .icmp6_code = p->v6 ? ICMPV6_PORT_UNREACH : ICMP_PORT_UNREACH };
 	__u32 check = checksum_offset(p);
 	__u64 sum, n = (__u64)p->end - p->l3; /* 64 bits: the verifier sees the bounds */
 	__u16 partial;
 
+	p->icmp = (struct icmp6hdr){ .icmp6_type = p->v6 ? ICMPV6_DEST_UNREACH : ICMP_DEST_UNREACH,
+				     .icmp6_code = p->v6 ? ICMPV6_PORT_UNREACH : ICMP_PORT_UNREACH };
 	n = n > TL_QUOTE ? TL_QUOTE : n;
 	__builtin_memset(p->quote, 0, TL_QUOTE);
 	if (n < sizeof(struct iphdr) || bpf_skb_load_bytes(skb, p->l3, p->quote, n))
@@ -906,23 +947,22 @@ __inline_always int refuse_icmp(struct __sk_buff *skb, struct packet *p)
 		sum = (p->v6 ? bpf_csum_diff(NULL, 0, (void *)p->quote, sizeof(struct ipv6hdr), 0) : 0) + (__u16)~partial;
 	else /* an IPv4 header has the sum 0 */
 		sum = bpf_csum_diff(NULL, 0, (void *)p->quote, TL_QUOTE, 0);
-	sum += *(__u16 *)&icmp; /* type and code */
+	sum += *(__u16 *)&p->icmp; /* type and code */
 	if (p->v6)
-		sum += pseudo_sum(p, IPPROTO_ICMPV6, sizeof(icmp) + n);
-	icmp.icmp6_cksum = ~fold(sum);
+		sum += pseudo_sum(p, IPPROTO_ICMPV6, sizeof(p->icmp) + n);
+	p->icmp.icmp6_cksum = ~fold(sum);
 	if (bpf_skb_change_tail(skb, p->l3 + n, 0) ||
-	    bpf_skb_adjust_room(skb, ip_size(p) + sizeof(icmp), BPF_ADJ_ROOM_MAC, 0))
+	    bpf_skb_adjust_room(skb, ip_size(p) + sizeof(p->icmp), BPF_ADJ_ROOM_MAC, 0))
 		return -1;
-	return send_answer(skb, p, p->v6 ? IPPROTO_ICMPV6 : IPPROTO_ICMP, &icmp, sizeof(icmp) + n);
+	return send_answer(skb, p, p->v6 ? IPPROTO_ICMPV6 : IPPROTO_ICMP, sizeof(p->icmp) + n);
 }
 
 /* Addresses change places and the type changes; no other checksum does. */
 __inline_always int echo(struct __sk_buff *skb, struct packet *p)
 {
 	__u8 old = p->v6 ? ICMPV6_ECHO_REQUEST : ICMP_ECHO, type = p->v6 ? ICMPV6_ECHO_REPLY : ICMP_ECHOREPLY;
-	struct tl_tuple to = turned(&p->tuple);
 
-	if (write_addresses(skb, p, &to, 0, 0) || bpf_l4_csum_replace(skb, p->l4 + 2, old, type, 2) ||
+	if (write_addresses(skb, p, turned(&p->to, &p->tuple), 0, 0) || bpf_l4_csum_replace(skb, p->l4 + 2, old, type, 2) ||
 	    bpf_skb_store_bytes(skb, p->l4, &type, 1, 0))
 		return -1;
 	return send_back(skb, p);
@@ -952,7 +992,7 @@ static __noinline int answer(struct __sk_buff *skb, struct packet *p, bool ping)
 		action = ping ? echo(skb, p) : p->tuple.proto == IPPROTO_TCP ? refuse_tcp(skb, p) : refuse_icmp(skb, p);
 	if (action >= 0)
 		return action;
-	count(TL_UNANSWERED);
+	count(p, TL_UNANSWERED);
 	return TC_ACT_SHOT;
 }
 
@@ -971,7 +1011,8 @@ __inline_always int open_door(struct __sk_buff *skb, int (*direction)(struct __s
 	reason = is_foreign(skb, l3) ? TL_NOT_IP : parse_ip(skb, p, l3, dir);
 	if (!reason)
 		reason = direction(skb, p);
-	count(reason);
+	count(p, reason);
+	reason = p->reason; /* the same, but the verifier walks on once, not once for each reason */
 	fate = fate_of(reason);
 	/* On a bridge conntrack has seen the packet already (bridge-nf-call-iptables, which
 	 * Kubernetes wants), with our address on it, and would not look again. */
