@@ -103,6 +103,7 @@ struct packet {
 	struct tl_backend backend;  /* for a new flow, and ... */
 	__u64 seed;		    /* ... its tl_chunk.seed; before it is chosen: the one to prefer, or 0 */
 	struct tl_tuple key, to;    /* of an entry; what an error or an echo becomes */
+	__u64 hash;
 	__u32 reason, ifindex;
 	struct tl_svc_key svc;
 	struct tl_net_key net;
@@ -594,29 +595,32 @@ __inline_always int use_flow(struct __sk_buff *skb, struct packet *p, struct tl_
 	return 0;
 }
 
+static __noinline void try_port(struct packet *p, __u32 least)
+{
+	p->hash = mix(p->hash);
+	p->flow.to.sport = bpf_htons(least + p->hash % (65536 - least));
+	p->reason = keep_other(p);
+}
+
 /* Writes both halves of a new flow, p->flow, the reply's first: a request never goes out before its
  * reply can come back. If that one's place is taken, by the same client port talking to the same
  * backend through another service, this flow gets another source port (invariant 3), from `least`. */
 static __noinline int begin_flow(struct __sk_buff *skb, struct packet *p, __u32 least)
 {
-	__u64 hash = hash_tuple(&p->tuple);
-	int reason;
-
+	p->hash = hash_tuple(&p->tuple);
 	p->flow.seen = bpf_jiffies64();
 	p->flow.packets = 1;
 	p->flow.bytes = skb->len;
-	reason = keep_other(p);
+	p->reason = keep_other(p);
 #pragma unroll
 	for (int i = 1; i < TL_PORT_TRIES; i++) {
-		if (reason != TL_STALE_REPLY || p->tuple.proto == IPPROTO_SCTP) /* whose checksum we cannot mend */
+		if (p->reason != TL_STALE_REPLY || p->tuple.proto == IPPROTO_SCTP) /* whose checksum we cannot mend */
 			break;
-		hash = mix(hash);
-		p->flow.to.sport = bpf_htons(least + hash % (65536 - least));
-		reason = keep_other(p);
+		try_port(p, least);
 	}
-	if (reason == TL_STALE_REPLY)
+	if (p->reason == TL_STALE_REPLY)
 		return TL_NO_SOURCE_PORT;
-	return reason == TL_FLOW_TABLE || bpf_map_update_elem(&ct_map, &p->tuple, &p->flow, BPF_ANY) ? TL_FLOW_TABLE : 0;
+	return p->reason == TL_FLOW_TABLE || bpf_map_update_elem(&ct_map, &p->tuple, &p->flow, BPF_ANY) ? TL_FLOW_TABLE : 0;
 }
 
 /* Whose backend has left, or that is over: the pair goes, or its replies would be taken for the new
