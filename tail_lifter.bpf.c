@@ -90,31 +90,28 @@ struct packet {
 	struct tl_tuple tuple; /* of the outermost IP header; ports 0 until parse_ports */
 	__u32 l3, l4, end;     /* offsets of the IP header, of what it carries, of its end */
 	__u32 frag_id;
-	__u16 check;   /* IPv4 header's */
 	__u8 tcp;      /* its flags, enum tcp_flag; 0 until parse_ports, and if it is not TCP */
 	bool v6;
 	bool fragment; /* part of a fragmented datagram ... */
 	bool later;    /* ... and not its first: it has no ports */
 	bool odd;      /* headers we cannot follow: not to be steered, see parse_ip */
-	/* What is above is cleared for each packet. What follows is ours for a moment each; on the stack a
-	 * verifier that fears speculation (without CAP_PERFMON) takes numbers for pointers, whose neighbours
-	 * nobody may write. */
-	struct tl_flow flow, other; /* what became of a flow that we were to write down, and of its other half */
+	/* What is above is cleared for each packet. What follows would be on the stack, but there a verifier that
+	 * fears speculation (without CAP_PERFMON) takes numbers for pointers, beside which nothing is to be written. */
+	struct tl_flow flow, other; /* what became of a flow that we were to write down; its other half */
 	struct tl_backend backend;  /* for a new flow, and ... */
-	__u64 seed;		    /* ... its tl_chunk.seed; before it is chosen: the one to prefer, or 0 */
-	struct tl_tuple key, to;    /* of an entry; what an error or an echo becomes */
-	__u64 hash;
-	__u32 reason, ifindex;
-	struct tl_svc_key svc;
-	struct tl_net_key net;
-	struct tl_set_key set;
+	__u64 seed, hash;           /* ... its tl_chunk.seed, until then the one's to prefer, 0: none; see try_port */
+	struct ipv6hdr ip6;
+	struct iphdr ip4;           /* as it came, or that of an answer; */
+	struct tcphdr head;         /* in the same way; of UDP and SCTP the ports */
+	struct icmp6hdr icmp;
+	struct tl_tuple key, to;    /* to look up; what an error or an echo becomes */
 	struct tl_affinity_key client;
+	struct tl_svc_key svc;
+	struct tl_set_key set;
+	struct tl_net_key net;
 	struct tl_affinity last;
 	struct tl_frag first;
-	struct iphdr ip4;
-	struct ipv6hdr ip6;
-	struct tcphdr rst;
-	struct icmp6hdr icmp;
+	__u32 reason, ifindex;
 	__u8 quote[TL_QUOTE]; /* see refuse_icmp */
 	__u64 answers_since;  /* jiffies: the second in which ... */
 	__u64 n_answers;      /* ... so many answers were sent by this CPU */
@@ -181,8 +178,9 @@ static __noinline __u32 find_option(struct __sk_buff *skb, __u32 at, __u32 end, 
 	return 0;
 }
 
-__inline_always int parse_v4(struct __sk_buff *skb, struct packet *p, const struct iphdr *ip)
+__inline_always int parse_v4(struct __sk_buff *skb, struct packet *p)
 {
+	const struct iphdr *ip = &p->ip4;
 	__u32 ihl = ip->ihl * 4, frag = bpf_ntohs(ip->frag_off) & 0x3fff, options = p->l3 + sizeof(*ip), at;
 	__u8 route[3]; /* kind, length, pointer: behind the length when it is used up */
 
@@ -193,7 +191,6 @@ __inline_always int parse_v4(struct __sk_buff *skb, struct packet *p, const stru
 	p->tuple.proto = ip->protocol;
 	p->l4 = p->l3 + ihl;
 	p->end = p->l3 + bpf_ntohs(ip->tot_len);
-	p->check = ip->check;
 	p->frag_id = ip->id;
 	p->fragment = frag;
 	p->later = frag & 0x1fff;
@@ -212,7 +209,7 @@ __inline_always bool is_extension(__u8 proto)
 
 /* Walks at most TL_EXTENSIONS extension headers (RFC 8200, 4.1 allows each once, one of them twice).
  * What cannot be walked leaves the packet odd: whether that matters depends on whom it is for. */
-__inline_always int parse_v6(struct __sk_buff *skb, struct packet *p, const struct ipv6hdr *ip)
+__inline_always int parse_v6(struct __sk_buff *skb, struct packet *p)
 {
 	struct {
 		__u8 next, len;
@@ -221,13 +218,13 @@ __inline_always int parse_v6(struct __sk_buff *skb, struct packet *p, const stru
 	} ext;
 	__u8 next;
 
-	__builtin_memcpy(&p->tuple, &ip->saddr, 32);
+	__builtin_memcpy(&p->tuple, &p->ip6.saddr, 32);
 	if (is_mapped(&p->tuple.src) || is_mapped(&p->tuple.dst))
 		return TL_MALFORMED; /* would alias an IPv4 service */
 	p->v6 = true;
-	p->tuple.proto = ip->nexthdr;
-	p->l4 = p->l3 + sizeof(*ip);
-	p->end = ip->payload_len ? p->l4 + bpf_ntohs(ip->payload_len) : p->l3;
+	p->tuple.proto = p->ip6.nexthdr;
+	p->l4 = p->l3 + sizeof(p->ip6);
+	p->end = p->ip6.payload_len ? p->l4 + bpf_ntohs(p->ip6.payload_len) : p->l3;
 #pragma unroll
 	for (int i = 0; i < TL_EXTENSIONS; i++) {
 		asm volatile("" ::: "memory"); /* or the verifier has numbers to keep apart */
@@ -260,19 +257,17 @@ __inline_always bool is_foreign(const struct __sk_buff *skb, __u32 l3)
 /* Fills *p down to the transport's offset; 0, or the reason to pass. */
 static __noinline int parse_ip(struct __sk_buff *skb, struct packet *p, __u32 l3, __u8 dir)
 {
-	struct ipv6hdr v6;
-	struct iphdr *v4 = (struct iphdr *)&v6;
 	int reason;
 
 	__builtin_memset(p, 0, __builtin_offsetof(struct packet, flow));
 	p->l3 = l3;
 	p->tuple.dir = dir;
-	if (bpf_skb_load_bytes(skb, l3, v4, sizeof(*v4)) || (v4->version != 4 && v4->version != 6))
+	if (bpf_skb_load_bytes(skb, l3, &p->ip4, sizeof(p->ip4)) || (p->ip4.version != 4 && p->ip4.version != 6))
 		return TL_NOT_IP;
-	if (v4->version == 4)
-		reason = parse_v4(skb, p, v4);
+	if (p->ip4.version == 4)
+		reason = parse_v4(skb, p);
 	else
-		reason = bpf_skb_load_bytes(skb, l3, &v6, sizeof(v6)) ? TL_MALFORMED : parse_v6(skb, p, &v6);
+		reason = bpf_skb_load_bytes(skb, l3, &p->ip6, sizeof(p->ip6)) ? TL_MALFORMED : parse_v6(skb, p);
 	if (p->end == l3 && skb->len - l3 > 0xffff) /* BIG TCP: longer than the field can say, which is 0 */
 		p->end = skb->len;
 	return reason;
@@ -309,10 +304,6 @@ __inline_always bool know_fragment(struct packet *p)
 /* Completes the tuple; 0, or why it cannot be. TCP, UDP and SCTP all begin with the two ports. */
 __inline_always int parse_ports(struct __sk_buff *skb, struct packet *p)
 {
-	struct {
-		__be16 sport, dport, numbers[4];
-		__u8 length, flags;
-	} head = {}; /* or it is read uninitialized in speculation, which takes CAP_PERFMON */
 	bool tcp = p->tuple.proto == IPPROTO_TCP;
 
 	if (p->odd || p->end > skb->len)
@@ -324,11 +315,11 @@ __inline_always int parse_ports(struct __sk_buff *skb, struct packet *p)
 	if (p->later)
 		return TL_FRAGMENT;
 	if (p->l4 + (tcp ? sizeof(struct tcphdr) : sizeof(struct udphdr)) > p->end ||
-	    bpf_skb_load_bytes(skb, p->l4, &head, tcp ? sizeof(head) : 4))
+	    bpf_skb_load_bytes(skb, p->l4, &p->head, tcp ? sizeof(p->head) : 4))
 		return TL_BAD_HEADER;
-	p->tuple.sport = head.sport;
-	p->tuple.dport = head.dport;
-	p->tcp = tcp ? head.flags : 0;
+	p->tuple.sport = p->head.source;
+	p->tuple.dport = p->head.dest;
+	p->tcp = tcp ? ((__u8 *)&p->head)[13] : 0;
 	return 0;
 }
 
@@ -381,7 +372,7 @@ __inline_always int write_addresses(struct __sk_buff *skb, struct packet *p, con
 		bpf_csum_update(skb, diff);
 		return bpf_skb_store_bytes(skb, p->l3 + 8, &to->src, 32, 0);
 	}
-	p->ip4.check = ~fold((__u16)~p->check + diff); /* which no device is left to fill in */
+	p->ip4.check = ~fold((__u16)~p->ip4.check + diff); /* which no device is left to fill in */
 	p->ip4.saddr = to->src.w[3];
 	p->ip4.daddr = to->dst.w[3];
 	return bpf_skb_store_bytes(skb, p->l3 + __builtin_offsetof(struct iphdr, check), &p->ip4.check, 10, 0);
@@ -876,10 +867,11 @@ __inline_always __u64 pseudo_sum(const struct packet *p, __u8 proto, __u32 len)
 	return (__u64)bpf_csum_diff(NULL, 0, (void *)&p->tuple.src, 32, 0) + bpf_htonl(len) + bpf_htonl(proto);
 }
 
-/* Sends an answer: an IP header, p->rst or p->icmp, and what is behind; `len` without the IP header. */
+/* Sends an answer: an IP header, p->head or p->icmp, and what is behind; `len` without the IP header. */
 static __noinline int send_answer(struct __sk_buff *skb, struct packet *p, __u8 proto, __u32 len)
 {
-	__u32 behind = p->l3 + ip_size(p);
+	void *head = proto == IPPROTO_TCP ? (void *)&p->head : (void *)&p->icmp;
+	__u32 size = proto == IPPROTO_TCP ? sizeof(p->head) : sizeof(p->icmp);
 
 	if (p->v6) {
 		p->ip6 = (struct ipv6hdr){ .version = 6, .payload_len = bpf_htons(len), .nexthdr = proto, .hop_limit = 64 };
@@ -891,10 +883,8 @@ static __noinline int send_answer(struct __sk_buff *skb, struct packet *p, __u8 
 					 .protocol = proto, .saddr = p->tuple.dst.w[3], .daddr = p->tuple.src.w[3] };
 		p->ip4.check = ~fold(bpf_csum_diff(NULL, 0, (void *)&p->ip4, sizeof(p->ip4), 0));
 	}
-	if ((p->v6 ? bpf_skb_store_bytes(skb, p->l3, &p->ip6, sizeof(p->ip6), 0) :
-		     bpf_skb_store_bytes(skb, p->l3, &p->ip4, sizeof(p->ip4), 0)) ||
-	    (proto == IPPROTO_TCP ? bpf_skb_store_bytes(skb, behind, &p->rst, sizeof(p->rst), 0) :
-				    bpf_skb_store_bytes(skb, behind, &p->icmp, sizeof(p->icmp), 0)))
+	if (bpf_skb_store_bytes(skb, p->l3, p->v6 ? (void *)&p->ip6 : (void *)&p->ip4, ip_size(p), 0) ||
+	    bpf_skb_store_bytes(skb, p->l3 + ip_size(p), head, size, 0))
 		return -1;
 	return send_back(skb, p);
 }
@@ -916,21 +906,21 @@ __inline_always bool is_partial(struct __sk_buff *skb, __u32 check, __u16 *parti
 __inline_always int refuse_tcp(struct __sk_buff *skb, struct packet *p)
 {
 	__u32 next = p->end - p->l4;
-	struct tcphdr tcp;
+	struct tcphdr *tcp = &p->head;
 	__u16 partial;
 	__u64 sum;
 
-	if (bpf_skb_load_bytes(skb, p->l4, &tcp, sizeof(tcp)) || tcp.rst)
+	if (tcp->rst)
 		return -1;
-	next += bpf_ntohl(tcp.seq) - tcp.doff * 4 + tcp.syn + tcp.fin;
-	p->rst = (struct tcphdr){ .source = tcp.dest, .dest = tcp.source, .doff = sizeof(tcp) / 4, .rst = 1, .ack = !tcp.ack,
-				  .seq = tcp.ack ? tcp.ack_seq : 0, .ack_seq = tcp.ack ? 0 : bpf_htonl(next) };
-	sum = pseudo_sum(p, IPPROTO_TCP, sizeof(tcp));
-	p->rst.check = is_partial(skb, checksum_offset(p), &partial) ? fold(sum) :
-			       ~fold(sum + bpf_csum_diff(NULL, 0, (void *)&p->rst, sizeof(tcp), 0));
-	if (bpf_skb_change_tail(skb, p->l4 + sizeof(tcp), 0))
+	next += bpf_ntohl(tcp->seq) - tcp->doff * 4 + tcp->syn + tcp->fin;
+	*tcp = (struct tcphdr){ .source = tcp->dest, .dest = tcp->source, .doff = sizeof(*tcp) / 4, .rst = 1, .ack = !tcp->ack,
+				.seq = tcp->ack ? tcp->ack_seq : 0, .ack_seq = tcp->ack ? 0 : bpf_htonl(next) };
+	sum = pseudo_sum(p, IPPROTO_TCP, sizeof(*tcp));
+	tcp->check = is_partial(skb, checksum_offset(p), &partial) ? fold(sum) :
+			   ~fold(sum + bpf_csum_diff(NULL, 0, (void *)tcp, sizeof(*tcp), 0));
+	if (bpf_skb_change_tail(skb, p->l4 + sizeof(*tcp), 0))
 		return -1;
-	return send_answer(skb, p, IPPROTO_TCP, sizeof(tcp));
+	return send_answer(skb, p, IPPROTO_TCP, sizeof(*tcp));
 }
 
 /* Port unreachable (RFC 792, RFC 4443), quoting what came. What the device sums up when it fills in
