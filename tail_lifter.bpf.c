@@ -89,7 +89,7 @@ __inline_always enum fate fate_of(enum tl_reason reason)
 struct packet {
 	struct tl_tuple tuple; /* of the outermost IP header; ports 0 until parse_ports */
 	__u32 l3, l4, end;     /* offsets of the IP header, of what it carries, of its end */
-	__u32 frag_id;
+	__u32 frag_id, ifindex;
 	__u8 tcp;      /* its flags, enum tcp_flag; 0 until parse_ports, and if it is not TCP */
 	bool v6;
 	bool fragment; /* part of a fragmented datagram ... */
@@ -103,15 +103,11 @@ struct packet {
 	struct ipv6hdr ip6;
 	struct iphdr ip4;           /* as it came, or that of an answer; */
 	struct tcphdr head;         /* in the same way; of UDP and SCTP the ports */
-	struct icmp6hdr icmp;
 	struct tl_tuple key, to;    /* to look up; what an error or an echo becomes */
-	struct tl_affinity_key client;
 	struct tl_svc_key svc;
-	struct tl_set_key set;
 	struct tl_net_key net;
-	struct tl_affinity last;
 	struct tl_frag first;
-	__u32 reason, ifindex;
+	__u32 reason;
 	__u8 quote[TL_QUOTE]; /* see refuse_icmp */
 	__u64 answers_since;  /* jiffies: the second in which ... */
 	__u64 n_answers;      /* ... so many answers were sent by this CPU */
@@ -262,12 +258,11 @@ static __noinline int parse_ip(struct __sk_buff *skb, struct packet *p, __u32 l3
 	__builtin_memset(p, 0, __builtin_offsetof(struct packet, flow));
 	p->l3 = l3;
 	p->tuple.dir = dir;
+	p->ifindex = skb->ifindex;
 	if (bpf_skb_load_bytes(skb, l3, &p->ip4, sizeof(p->ip4)) || (p->ip4.version != 4 && p->ip4.version != 6))
 		return TL_NOT_IP;
-	if (p->ip4.version == 4)
-		reason = parse_v4(skb, p);
-	else
-		reason = bpf_skb_load_bytes(skb, l3, &p->ip6, sizeof(p->ip6)) ? TL_MALFORMED : parse_v6(skb, p);
+	reason = p->ip4.version == 4 ? parse_v4(skb, p) :
+		 bpf_skb_load_bytes(skb, l3, &p->ip6, sizeof(p->ip6)) ? TL_MALFORMED : parse_v6(skb, p);
 	if (p->end == l3 && skb->len - l3 > 0xffff) /* BIG TCP: longer than the field can say, which is 0 */
 		p->end = skb->len;
 	return reason;
@@ -434,7 +429,7 @@ __inline_always bool source_allowed(struct packet *p, __u64 name)
  * global and takes numbers only is walked once. */
 __noinline __s64 choose_in(__u64 set, __u32 c, __u32 end, __u64 hash, __s64 best)
 {
-	struct tl_set_key key = { .set = set, .chunk = c };
+	struct tl_set_key key = { set, c };
 	struct tl_chunk *chunk = bpf_map_lookup_elem(&set_map, &key);
 
 	if (!chunk || c >= end)
@@ -463,12 +458,12 @@ CHOOSE(choose_all, choose_among, 16)
 static __noinline bool choose(struct packet *p, const struct tl_svc *svc, __u64 hash)
 {
 	__s64 best = choose_all(svc->set, 0, (svc->n_backends + TL_CHUNK - 1) / TL_CHUNK, hash, 0);
+	struct tl_set_key key = { svc->set, (__u32)best % TL_MAX_BACKENDS / TL_CHUNK };
 	struct tl_chunk *chunk;
 
 	if (best < 0)
 		return false;
-	p->set = (struct tl_set_key){ svc->set, (__u32)best % TL_MAX_BACKENDS / TL_CHUNK, 0 };
-	chunk = bpf_map_lookup_elem(&set_map, &p->set);
+	chunk = bpf_map_lookup_elem(&set_map, &key);
 	if (!chunk)
 		return false;
 	asm volatile("" : "+r"(best)); /* or clang adds to the pointer before it asks for NULL */
@@ -481,14 +476,14 @@ static __noinline bool choose(struct packet *p, const struct tl_svc *svc, __u64 
  * else by hash. 0, or why there is no backend. */
 __inline_always int backend_for(struct packet *p, const struct tl_svc *svc)
 {
+	struct tl_affinity_key client = { svc->name, p->tuple.src };
+	struct tl_affinity *last, now;
 	__u64 prefer = p->seed;
-	struct tl_affinity *last;
 
 	if (!svc->n_backends)
 		return svc->flags & TL_SVC_DROP_IF_EMPTY ? TL_NO_LOCAL_BACKEND : TL_NO_BACKEND;
-	p->client = (struct tl_affinity_key){ svc->name, p->tuple.src };
 	if (svc->affinity) {
-		last = bpf_map_lookup_elem(&aff_map, &p->client);
+		last = bpf_map_lookup_elem(&aff_map, &client);
 		if (last && bpf_jiffies64() - last->used <= svc->affinity * tl_hz)
 			prefer = last->seed;
 	}
@@ -496,8 +491,8 @@ __inline_always int backend_for(struct packet *p, const struct tl_svc *svc)
 	    !choose(p, svc, hash_tuple(&p->tuple)))
 		return TL_BACKENDS_MOVED;
 	if (svc->affinity) {
-		p->last = (struct tl_affinity){ p->seed, bpf_jiffies64() };
-		bpf_map_update_elem(&aff_map, &p->client, &p->last, BPF_ANY);
+		now = (struct tl_affinity){ p->seed, bpf_jiffies64() };
+		bpf_map_update_elem(&aff_map, &client, &now, BPF_ANY);
 	}
 	return 0;
 }
@@ -559,15 +554,15 @@ static __noinline int keep_other(struct packet *p)
 __inline_always int use_flow(struct __sk_buff *skb, struct packet *p, struct tl_flow **at, bool anew)
 {
 	struct tl_flow *flow = *at;
-	bool back = p->tuple.dir & 1, quick;
+	bool back = p->tuple.dir & 1;
 	__u32 was = anew ? flow->state & TL_FLOW_SNAT : flow->state,
 	      state = was | (p->tcp & RST ? TL_FLOW_RST : 0) |
 		      (back ? TL_FLOW_ANSWERED : was & TL_FLOW_ANSWERED ? TL_FLOW_OPEN : 0) |
 		      (p->tcp & FIN ? (back ? TL_FLOW_FIN_BACK : TL_FLOW_FIN) : 0);
 	__u64 now = bpf_jiffies64();
+	bool quick = !anew && state == flow->state && now - flow->seen < tl_hz;
 	int reason;
 
-	quick = !anew && state == flow->state && now - flow->seen < tl_hz;
 	if (!quick && !anew && is_expired(flow))
 		return TL_NO_FLOW;
 	flow->packets++;
@@ -625,27 +620,11 @@ static __noinline void forget_flow(struct packet *p, const struct tl_flow *flow)
 	bpf_map_delete_elem(&ct_map, &p->tuple);
 }
 
-/* Nor for what the pod itself is asked, from a port whose flow is over. */
-__inline_always void forget_reply(struct packet *p)
-{
-	struct tl_flow *flow = bpf_map_lookup_elem(&ct_map, turned(&p->key, &p->tuple));
-
-	if (flow && flow->state & TL_FLOW_CLOSED)
-		bpf_map_delete_elem(&ct_map, &p->key);
-}
-
-/* What the agent says of the link the packet is on. */
-__inline_always struct tl_door *door_of(const struct __sk_buff *skb, struct packet *p)
-{
-	p->ifindex = skb->ifindex;
-	return bpf_map_lookup_elem(&door_map, &p->ifindex);
-}
-
 /* === translation ========================================================== */
 /* The MSS in a SYN becomes what fits through the tunnel: larger segments would be cut up or lost. */
 static __noinline int clamp_mss(struct __sk_buff *skb, struct packet *p)
 {
-	struct tl_door *door = door_of(skb, p);
+	struct tl_door *door = bpf_map_lookup_elem(&door_map, &p->ifindex);
 	__be16 opt[2], new; /* kind and length, the MSS */
 	__u8 doff;
 	__u32 at;
@@ -737,15 +716,18 @@ __inline_always int without_ports(struct __sk_buff *skb, struct packet *p, int o
  * that nobody closed stays where it is (the SYN came twice), any other is replaced. */
 static __noinline int new_request(struct __sk_buff *skb, struct packet *p)
 {
-	struct tl_flow *old;
+	struct tl_flow *old, *reply;
 	struct tl_svc *svc;
 	int reason;
 
 	p->svc = (struct tl_svc_key){ p->tuple.dst, p->tuple.dport, p->tuple.proto, 0 };
 	svc = bpf_map_lookup_elem(&svc_map, &p->svc);
 	if (!svc) {
-		if (is_syn(p)) /* perhaps to a pod itself, from a port that has used a service */
-			forget_reply(p);
+		if (is_syn(p)) { /* perhaps to a pod itself, from a port whose flow by a service is over */
+			reply = bpf_map_lookup_elem(&ct_map, turned(&p->key, &p->tuple));
+			if (reply && reply->state & TL_FLOW_CLOSED)
+				bpf_map_delete_elem(&ct_map, &p->key);
+		}
 		return reason_without_service(p);
 	}
 	if (svc->flags & TL_SVC_SOURCES && !source_allowed(p, svc->name))
@@ -831,7 +813,7 @@ static __noinline int to_backend(struct __sk_buff *skb, struct packet *p)
 		return translate(skb, p, &flow->to, TL_SNAT_OUT);
 	turned(&p->key, &p->tuple)->dir = TL_REPLY;
 	of = bpf_map_lookup_elem(&ct_map, &p->key);
-	door = door_of(skb, p);
+	door = bpf_map_lookup_elem(&door_map, &p->ifindex);
 	if (!of || !(of->state & TL_FLOW_SNAT) || !door)
 		return TL_NO_FLOW;
 	p->flow = (struct tl_flow){ .to = p->tuple, .name = of->name, .seed = of->seed };
@@ -867,12 +849,9 @@ __inline_always __u64 pseudo_sum(const struct packet *p, __u8 proto, __u32 len)
 	return (__u64)bpf_csum_diff(NULL, 0, (void *)&p->tuple.src, 32, 0) + bpf_htonl(len) + bpf_htonl(proto);
 }
 
-/* Sends an answer: an IP header, p->head or p->icmp, and what is behind; `len` without the IP header. */
-static __noinline int send_answer(struct __sk_buff *skb, struct packet *p, __u8 proto, __u32 len)
+/* Sends an answer: an IP header, `size` bytes of p->head, and what is behind; `len` without the IP header. */
+static __noinline int send_answer(struct __sk_buff *skb, struct packet *p, __u8 proto, __u32 size, __u32 len)
 {
-	void *head = proto == IPPROTO_TCP ? (void *)&p->head : (void *)&p->icmp;
-	__u32 size = proto == IPPROTO_TCP ? sizeof(p->head) : sizeof(p->icmp);
-
 	if (p->v6) {
 		p->ip6 = (struct ipv6hdr){ .version = 6, .payload_len = bpf_htons(len), .nexthdr = proto, .hop_limit = 64 };
 		__builtin_memcpy(&p->ip6.saddr, &p->tuple.dst, 16);
@@ -884,7 +863,7 @@ static __noinline int send_answer(struct __sk_buff *skb, struct packet *p, __u8 
 		p->ip4.check = ~fold(bpf_csum_diff(NULL, 0, (void *)&p->ip4, sizeof(p->ip4), 0));
 	}
 	if (bpf_skb_store_bytes(skb, p->l3, p->v6 ? (void *)&p->ip6 : (void *)&p->ip4, ip_size(p), 0) ||
-	    bpf_skb_store_bytes(skb, p->l3 + ip_size(p), head, size, 0))
+	    bpf_skb_store_bytes(skb, p->l3 + ip_size(p), &p->head, size, 0))
 		return -1;
 	return send_back(skb, p);
 }
@@ -920,19 +899,20 @@ __inline_always int refuse_tcp(struct __sk_buff *skb, struct packet *p)
 			   ~fold(sum + bpf_csum_diff(NULL, 0, (void *)tcp, sizeof(*tcp), 0));
 	if (bpf_skb_change_tail(skb, p->l4 + sizeof(*tcp), 0))
 		return -1;
-	return send_answer(skb, p, IPPROTO_TCP, sizeof(*tcp));
+	return send_answer(skb, p, IPPROTO_TCP, sizeof(*tcp), sizeof(*tcp));
 }
 
 /* Port unreachable (RFC 792, RFC 4443), quoting what came. What the device sums up when it fills in
  * the quoted checksum becomes the complement of what the field holds now, which our own sum counts. */
 __inline_always int refuse_icmp(struct __sk_buff *skb, struct packet *p)
 {
+	struct icmp6hdr *icmp = (void *)&p->head;
 	__u32 check = checksum_offset(p);
 	__u64 sum, n = (__u64)p->end - p->l3; /* 64 bits: the verifier sees the bounds */
 	__u16 partial;
 
-	p->icmp = (struct icmp6hdr){ .icmp6_type = p->v6 ? ICMPV6_DEST_UNREACH : ICMP_DEST_UNREACH,
-				     .icmp6_code = p->v6 ? ICMPV6_PORT_UNREACH : ICMP_PORT_UNREACH };
+	*icmp = (struct icmp6hdr){ .icmp6_type = p->v6 ? ICMPV6_DEST_UNREACH : ICMP_DEST_UNREACH,
+				   .icmp6_code = p->v6 ? ICMPV6_PORT_UNREACH : ICMP_PORT_UNREACH };
 	n = n > TL_QUOTE ? TL_QUOTE : n;
 	__builtin_memset(p->quote, 0, TL_QUOTE);
 	if (n < sizeof(struct iphdr) || bpf_skb_load_bytes(skb, p->l3, p->quote, n))
@@ -941,14 +921,14 @@ __inline_always int refuse_icmp(struct __sk_buff *skb, struct packet *p)
 		sum = (p->v6 ? bpf_csum_diff(NULL, 0, (void *)p->quote, sizeof(struct ipv6hdr), 0) : 0) + (__u16)~partial;
 	else /* an IPv4 header has the sum 0 */
 		sum = bpf_csum_diff(NULL, 0, (void *)p->quote, TL_QUOTE, 0);
-	sum += *(__u16 *)&p->icmp; /* type and code */
+	sum += *(__u16 *)icmp; /* type and code */
 	if (p->v6)
-		sum += pseudo_sum(p, IPPROTO_ICMPV6, sizeof(p->icmp) + n);
-	p->icmp.icmp6_cksum = ~fold(sum);
+		sum += pseudo_sum(p, IPPROTO_ICMPV6, sizeof(*icmp) + n);
+	icmp->icmp6_cksum = ~fold(sum);
 	if (bpf_skb_change_tail(skb, p->l3 + n, 0) ||
-	    bpf_skb_adjust_room(skb, ip_size(p) + sizeof(p->icmp), BPF_ADJ_ROOM_MAC, 0))
+	    bpf_skb_adjust_room(skb, ip_size(p) + sizeof(*icmp), BPF_ADJ_ROOM_MAC, 0))
 		return -1;
-	return send_answer(skb, p, p->v6 ? IPPROTO_ICMPV6 : IPPROTO_ICMP, sizeof(p->icmp) + n);
+	return send_answer(skb, p, p->v6 ? IPPROTO_ICMPV6 : IPPROTO_ICMP, sizeof(*icmp), sizeof(*icmp) + n);
 }
 
 /* Addresses change places and the type changes; no other checksum does. */

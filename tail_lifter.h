@@ -69,8 +69,7 @@ enum tl_scope { TL_INTERNAL, TL_EXTERNAL, TL_LOADBALANCER };
  * after the last. */
 struct tl_set_key {
 	__u64 set;
-	__u32 chunk;
-	__u32 zero;
+	__u64 chunk;
 };
 
 struct tl_backend {
