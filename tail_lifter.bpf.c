@@ -21,7 +21,11 @@
  * A packet is parsed once, into struct packet, with both families as 16-byte addresses; behind
  * the parser only the writers ask for the family. Each door exists for links without a link-layer
  * header (TUN) and for Ethernet. Each packet leaves by open_door(), with one of TL_REASONS.
- * No CO-RE, kfuncs, bpf_loop, timers or callbacks: it loads on 5.10 without BTF.
+ * No CO-RE, kfuncs, bpf_loop, timers or callbacks: it loads on 5.10 without BTF. And without
+ * CAP_PERFMON, where the verifier follows what a CPU may do in speculation, both ways of each
+ * condition it knows: so loops are unrolled, a pointer is asked for NULL once, moves by constants,
+ * and what is not whole words is kept off the stack, where beside a number, for all it knows a
+ * pointer, nothing may be written. What is global and takes numbers only it walks once.
  */
 #include <stdbool.h>
 #include <linux/bpf.h>
@@ -90,16 +94,16 @@ struct packet {
 	struct tl_tuple tuple; /* of the outermost IP header; ports 0 until parse_ports */
 	__u32 l3, l4, end;     /* offsets of the IP header, of what it carries, of its end */
 	__u32 frag_id, ifindex;
+	__u64 seed;    /* tl_chunk.seed of the backend to prefer, 0: none; then of the one that was chosen */
 	__u8 tcp;      /* its flags, enum tcp_flag; 0 until parse_ports, and if it is not TCP */
 	bool v6;
 	bool fragment; /* part of a fragmented datagram ... */
 	bool later;    /* ... and not its first: it has no ports */
 	bool odd;      /* headers we cannot follow: not to be steered, see parse_ip */
-	/* What is above is cleared for each packet. What follows would be on the stack, but there a verifier that
-	 * fears speculation (without CAP_PERFMON) takes numbers for pointers, beside which nothing is to be written. */
+	/* What is above is cleared for each packet, what follows is what others have on the stack. */
 	struct tl_flow flow, other; /* what became of a flow that we were to write down; its other half */
-	struct tl_backend backend;  /* for a new flow, and ... */
-	__u64 seed, hash;           /* ... its tl_chunk.seed, until then the one's to prefer, 0: none; see try_port */
+	struct tl_backend backend;  /* that was chosen */
+	__u64 hash;                 /* see try_port */
 	struct ipv6hdr ip6;
 	struct iphdr ip4;           /* as it came, or that of an answer; */
 	struct tcphdr head;         /* in the same way; of UDP and SCTP the ports */
@@ -137,11 +141,6 @@ __inline_always __u32 ip_size(const struct packet *p)
 __inline_always bool is_syn(const struct packet *p)
 {
 	return (p->tcp & (SYN | ACK)) == SYN;
-}
-
-__inline_always struct tl_addr mapped(__be32 v4)
-{
-	return (struct tl_addr){ { 0, 0, bpf_htonl(0xffff), v4 } };
 }
 
 __inline_always bool is_mapped(const struct tl_addr *a)
@@ -182,8 +181,9 @@ __inline_always int parse_v4(struct __sk_buff *skb, struct packet *p)
 
 	if (ihl < sizeof(*ip))
 		return TL_MALFORMED;
-	p->tuple.src = mapped(ip->saddr);
-	p->tuple.dst = mapped(ip->daddr);
+	p->tuple.src.w[2] = p->tuple.dst.w[2] = bpf_htonl(0xffff);
+	p->tuple.src.w[3] = ip->saddr;
+	p->tuple.dst.w[3] = ip->daddr;
 	p->tuple.proto = ip->protocol;
 	p->l4 = p->l3 + ihl;
 	p->end = p->l3 + bpf_ntohs(ip->tot_len);
@@ -212,7 +212,6 @@ __inline_always int parse_v6(struct __sk_buff *skb, struct packet *p)
 		__be16 offset;
 		__be32 id;
 	} ext;
-	__u8 next;
 
 	__builtin_memcpy(&p->tuple, &p->ip6.saddr, 32);
 	if (is_mapped(&p->tuple.src) || is_mapped(&p->tuple.dst))
@@ -223,8 +222,8 @@ __inline_always int parse_v6(struct __sk_buff *skb, struct packet *p)
 	p->end = p->ip6.payload_len ? p->l4 + bpf_ntohs(p->ip6.payload_len) : p->l3;
 #pragma unroll
 	for (int i = 0; i < TL_EXTENSIONS; i++) {
-		asm volatile("" ::: "memory"); /* or the verifier has numbers to keep apart */
-		next = p->tuple.proto;
+		__u8 next = p->tuple.proto;
+
 		if (!is_extension(next) || p->later || bpf_skb_load_bytes(skb, p->l4, &ext, sizeof(ext)))
 			break;
 		if (next == IPPROTO_FRAGMENT) {
@@ -275,12 +274,6 @@ __inline_always struct tl_tuple *fragment_key(struct packet *p)
 
 	p->key = (struct tl_tuple){ p->tuple.src, p->tuple.dst, p->frag_id, p->frag_id >> 16, proto, p->tuple.dir, 0 };
 	return &p->key;
-}
-
-__inline_always void remember_fragment(struct packet *p)
-{
-	p->first = (struct tl_frag){ p->tuple.sport, p->tuple.dport, bpf_jiffies64(), p->tuple.proto };
-	bpf_map_update_elem(&frag_map, fragment_key(p), &p->first, BPF_ANY);
 }
 
 /* Of a later fragment: what its first one left, if that was lately: ids come again. */
@@ -374,8 +367,7 @@ __inline_always int write_addresses(struct __sk_buff *skb, struct packet *p, con
 }
 
 /* Ports are not, and with CHECKSUM_PARTIAL the field must not know of them. */
-__inline_always int write_ports(struct __sk_buff *skb, struct packet *p, const struct tl_tuple *to, __u32 check,
-				__u64 flags)
+__inline_always int write_ports(struct __sk_buff *skb, struct packet *p, const struct tl_tuple *to, __u32 check, int flags)
 {
 	__u32 old = p->tuple.dport << 16 | p->tuple.sport, new = to->dport << 16 | to->sport;
 
@@ -415,18 +407,11 @@ __inline_always int reason_without_service(struct packet *p)
 	       bpf_map_lookup_elem(&net_map, &p->net) ? TL_NO_SERVICE : TL_NOT_SERVED;
 }
 
-__inline_always bool source_allowed(struct packet *p, __u64 name)
-{
-	p->net = (struct tl_net_key){ 64 + 128, { name, name >> 32 }, p->tuple.src };
-	return bpf_map_lookup_elem(&net_map, &p->net);
-}
-
 /* Rendezvous hashing (Thaler, Ravishankar 1998): every backend draws a number for this client tuple, the
  * highest wins: `best`, or one of chunks from c on; negative: no such chunk. When one of N backends comes or
  * goes only its own 1/N of the flows move, the shares are even, no table is kept, and a node that has lost
- * everything chooses the same again. For the verifier no backend makes a branch (the agent fills up the last
- * chunk; draws are below 2^63, their last bits are the place), and no loop runs on in speculation. What is
- * global and takes numbers only is walked once. */
+ * everything chooses the same again. For the verifier no backend makes a branch: the agent fills up the last
+ * chunk; draws are below 2^63, their last bits are the place. */
 __noinline __s64 choose_in(__u64 set, __u32 c, __u32 end, __u64 hash, __s64 best)
 {
 	struct tl_set_key key = { set, c };
@@ -434,7 +419,7 @@ __noinline __s64 choose_in(__u64 set, __u32 c, __u32 end, __u64 hash, __s64 best
 
 	if (!chunk || c >= end)
 		return -1;
-#pragma unroll /* without CAP_PERFMON pointers may only move by constants */
+#pragma unroll
 	for (__u32 i = 0; i < TL_CHUNK; i++) {
 		__s64 draw = ((hash ^ chunk->seed[i]) * DRAW >> 1 & -TL_MAX_BACKENDS) | (c * TL_CHUNK + i);
 		__s64 lower = (best - draw) >> 63; /* all ones or none */
@@ -655,8 +640,10 @@ static __noinline int translate(struct __sk_buff *skb, struct packet *p, const s
 	__u64 flags = p->tuple.proto == IPPROTO_UDP ? BPF_F_MARK_MANGLED_0 : 0;
 	bool ports = !p->later && (to->sport != p->tuple.sport || to->dport != p->tuple.dport);
 
-	if (p->fragment && !p->later)
-		remember_fragment(p);
+	if (p->fragment && !p->later) {
+		p->first = (struct tl_frag){ p->tuple.sport, p->tuple.dport, bpf_jiffies64(), p->tuple.proto };
+		bpf_map_update_elem(&frag_map, fragment_key(p), &p->first, BPF_ANY);
+	}
 	if (write_addresses(skb, p, to, check, flags) || (ports && write_ports(skb, p, to, check, flags)) ||
 	    (p->tcp & SYN && p->tuple.dir <= TL_REPLY && clamp_mss(skb, p)))
 		return TL_WRITE;
@@ -730,8 +717,11 @@ static __noinline int new_request(struct __sk_buff *skb, struct packet *p)
 		}
 		return reason_without_service(p);
 	}
-	if (svc->flags & TL_SVC_SOURCES && !source_allowed(p, svc->name))
-		return TL_SOURCE;
+	if (svc->flags & TL_SVC_SOURCES) {
+		p->net = (struct tl_net_key){ 64 + 128, { svc->name, svc->name >> 32 }, p->tuple.src };
+		if (!bpf_map_lookup_elem(&net_map, &p->net))
+			return TL_SOURCE;
+	}
 	reason = backend_for(p, svc);
 	if (reason)
 		return reason;
@@ -741,12 +731,10 @@ static __noinline int new_request(struct __sk_buff *skb, struct packet *p)
 			return translate(skb, p, &old->to, TL_REQUEST_SENT);
 		forget_flow(p, old);
 	}
-	p->flow.to = p->tuple;
+	p->flow = (struct tl_flow){ .to = p->tuple, .state = p->backend.flags & TL_BACKEND_SNAT ? TL_FLOW_SNAT : 0,
+				    .name = svc->name, .seed = p->seed };
 	p->flow.to.dst = p->backend.addr;
 	p->flow.to.dport = p->backend.port;
-	p->flow.state = p->backend.flags & TL_BACKEND_SNAT ? TL_FLOW_SNAT : 0;
-	p->flow.name = svc->name;
-	p->flow.seed = p->seed;
 	reason = begin_flow(skb, p, 1024);
 	if (reason)
 		return reason;
@@ -769,7 +757,6 @@ static __noinline int request(struct __sk_buff *skb, struct packet *p)
 		return type == (p->v6 ? ICMPV6_ECHO_REQUEST : ICMP_ECHO) ? TL_PING :
 		       is_error(p, type) ? TL_ICMP_STRAY : TL_PROTOCOL;
 	}
-	p->seed = 0;
 	flow = bpf_map_lookup_elem(&ct_map, &p->tuple);
 	if (flow) {
 		if (!is_syn(p) && !use_flow(skb, p, &flow, false))
@@ -818,7 +805,7 @@ static __noinline int to_backend(struct __sk_buff *skb, struct packet *p)
 		return TL_NO_FLOW;
 	p->flow = (struct tl_flow){ .to = p->tuple, .name = of->name, .seed = of->seed };
 	p->flow.to.src = door->snat[0];
-	asm volatile("" ::: "memory"); /* or clang makes a pointer of both, which takes CAP_PERFMON */
+	asm volatile("" ::: "memory"); /* or clang makes a pointer of both */
 	if (p->v6)
 		p->flow.to.src = door->snat[1];
 	if (!p->flow.to.src.w[3] && !p->flow.to.src.w[0])
@@ -945,11 +932,9 @@ __inline_always int echo(struct __sk_buff *skb, struct packet *p)
 /* A source that can be written to (RFC 1122 3.2.2.6, RFC 4443 2.4 e). */
 __inline_always bool is_host(const struct packet *p)
 {
-	__u32 first = p->tuple.src.w[0];
+	__u32 v6 = bpf_ntohl(p->tuple.src.w[0]), v4 = bpf_ntohl(p->tuple.src.w[3]);
 
-	asm volatile("" : "+r"(first)); /* or clang makes a pointer of both, which takes CAP_PERFMON */
-	first = bpf_ntohl(p->v6 ? first : p->tuple.src.w[3]);
-	return first && (p->v6 ? first < 0xff000000 : first < 0xe0000000 && first >> 24 != 127);
+	return p->v6 ? v6 && v6 < 0xff000000 : v4 && v4 < 0xe0000000 && v4 >> 24 != 127;
 }
 
 /* Answers a packet; it is dropped if that is not possible, or was too often. */
