@@ -4886,10 +4886,10 @@ static int datapath_verify(void)
 	if (r && loud > 1)
 		fwrite(bpf_log.at, 1, bpf_log.len, stderr);
 	buf_free(&bpf_log);
-	if (r == -EPERM || r == -EACCES) /* EACCES: the verifier, which asks for CAP_PERFMON up to 6.12 */
+	if (r == -EPERM)
 		return fail(
 			"the kernel does not let us load BPF programs (%s): run as root, or with "
-			"CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON; -v prints what it says",
+			"CAP_BPF and CAP_NET_ADMIN; -v prints what it says",
 			strerror(-r));
 	if (r)
 		return fail(
@@ -8071,20 +8071,17 @@ static enum verdict check_privileges(int what)
 	struct __user_cap_header_struct h = { .version = _LINUX_CAPABILITY_VERSION_3 };
 	struct __user_cap_data_struct d[2] = { 0 };
 	uint64_t have;
-	bool bpf_too, net, perfmon;
+	bool bpf_too, net;
 
 	(void)what;
 	syscall(SYS_capget, &h, d);
 	have = d[0].effective | (uint64_t)d[1].effective << 32;
 	net = have >> CAP_NET_ADMIN & 1;
 	bpf_too = have >> CAP_BPF & 1 || have >> CAP_SYS_ADMIN & 1;
-	perfmon = have >> CAP_PERFMON & 1 || have >> CAP_SYS_ADMIN & 1;
 	fail("%s%s%s",
 	     net && bpf_too ? "CAP_NET_ADMIN and CAP_BPF are there" : "run as root, or with ",
 	     net ? "" : "CAP_NET_ADMIN ",
 	     bpf_too ? "" : "CAP_BPF (before Linux 5.8: CAP_SYS_ADMIN)");
-	if (net && bpf_too && !perfmon)
-		return fail("%s; up to Linux 6.12 CAP_PERFMON must be too", why), HINT;
 	return net && bpf_too ? GOOD : MEND;
 }
 

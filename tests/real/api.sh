@@ -84,7 +84,7 @@ stop lifter
 as_shipped() {
 	exec env -i NODE_NAME=node KUBERNETES_SERVICE_HOST=127.0.0.1 KUBERNETES_SERVICE_PORT=6444 \
 		unshare --mount sh -c 'mount -o remount,bind,ro / && exec "$@"' - \
-		setpriv --no-new-privs --bounding-set=-all,+bpf,+perfmon,+net_admin --inh-caps=-all \
+		setpriv --no-new-privs --bounding-set=-all,+bpf,+net_admin --inh-caps=-all \
 		"$TAIL_LIFTER" --pin-dir "$pins" "$@"
 }
 shipped="$(declare -p TAIL_LIFTER pins); $(declare -f as_shipped); as_shipped \"\$@\""

@@ -91,8 +91,8 @@ memory_limit() { # by cgroups of version 1 or 2
 agent_up
 check "it is ready" soon 30 is_200 "$ready_url" "ready"
 check "it is alive" is_200 "$alive_url" "the loop turns"
-check "BPF, NET_ADMIN, PERFMON, and no other capability" same "$(of_agent CapEff) $(of_agent CapBnd) $(of_agent CapAmb)" \
-	"000000c000001000 000000c000001000 0000000000000000"
+check "BPF and NET_ADMIN, and no other capability" same "$(of_agent CapEff) $(of_agent CapBnd) $(of_agent CapAmb)" \
+	"0000008000001000 0000008000001000 0000000000000000"
 check "seccomp and no new privileges" same "$(of_agent Seccomp) $(of_agent NoNewPrivs)" "2 1"
 check "its root is read-only" grep -E '^[0-9]+ [0-9]+ [0-9:]+ [^ ]+ / ro[, ]' "/proc/$(agent_pid)/mountinfo"
 check "its memory is limited" same "$(memory_limit)" $((128 << 20))
