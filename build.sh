@@ -723,7 +723,8 @@ layer_life() {
 	test_program world tests/world.c && LIFTER=$PWD/tail_lifter WORLD=$BUILT tests/life
 }
 layer_ship() {
-	need qemu-aarch64:qemu-user readelf:binutils buildah:buildah podman:podman runc:runc /lib/systemd/systemd:systemd && tests/ship
+	need qemu-aarch64:qemu-user readelf:binutils buildah:buildah podman:podman runc:runc debootstrap:debootstrap \
+		/lib/systemd/systemd:systemd && tests/ship
 }
 layer_real() { verb_image && test_program wire tests/router/wire.c && WIRE=$BUILT tests/real/run; }
 layer_kernels() { tests/kernels/run; }
