@@ -23,9 +23,9 @@
  * header (TUN) and for Ethernet. Each packet leaves by open_door(), with one of TL_REASONS.
  * No CO-RE, kfuncs, bpf_loop, timers or callbacks: it loads on 5.10 without BTF. And without
  * CAP_PERFMON, where the verifier follows what a CPU may do in speculation, both ways of each
- * condition it knows: so loops are unrolled, a pointer is asked for NULL once, moves by constants,
- * and what is not whole words is kept off the stack, where beside a number, for all it knows a
- * pointer, nothing may be written. What is global and takes numbers only it walks once.
+ * condition it knows: so loops are unrolled, a pointer is asked for NULL once and moves the same on
+ * each path, and what is written in pieces stays off the stack, where a number counts as a pointer,
+ * which must not be cut. What is global and takes numbers only it walks once.
  */
 #include <stdbool.h>
 #include <linux/bpf.h>
@@ -87,9 +87,9 @@ __inline_always enum fate fate_of(enum tl_reason reason)
 }
 
 /* === packet and parse =====================================================
- * What is known of the packet at hand is kept in a map, not on the stack: the stack has 512 bytes,
- * and the verifier, which knows nothing of what a map holds, walks what follows once and not for
- * each way through the parser. Per CPU is enough: nothing interrupts a tc program with another. */
+ * What is known of the packet at hand is in a map, of which the verifier knows nothing: it walks on
+ * once, not for each way through the parser; and the stack has 512 bytes. Per CPU is enough: no tc
+ * program interrupts another (but on PREEMPT_RT without its lock for softirqs). */
 struct packet {
 	struct tl_tuple tuple; /* of the outermost IP header; ports 0 until parse_ports */
 	__u32 l3, l4, end;     /* offsets of the IP header, of what it carries, of its end */
@@ -100,18 +100,18 @@ struct packet {
 	bool fragment; /* part of a fragmented datagram ... */
 	bool later;    /* ... and not its first: it has no ports */
 	bool odd;      /* headers we cannot follow: not to be steered, see parse_ip */
-	/* What is above is cleared for each packet, what follows is what others have on the stack. */
+	/* What is above is cleared for each packet, what follows is not. */
 	struct tl_flow flow, other; /* what became of a flow that we were to write down; its other half */
 	struct tl_backend backend;  /* that was chosen */
 	__u64 hash;                 /* see try_port */
 	struct ipv6hdr ip6;
-	struct iphdr ip4;           /* as it came, or that of an answer; */
+	struct iphdr ip4;           /* as it came, then what is written; */
 	struct tcphdr head;         /* in the same way; of UDP and SCTP the ports */
-	struct tl_tuple key, to;    /* to look up; what an error or an echo becomes */
+	struct tl_tuple key, to;    /* to look up; what an error or an echo becomes, or ought to be there */
 	struct tl_svc_key svc;
 	struct tl_net_key net;
 	struct tl_frag first;
-	__u32 reason;
+	__u32 reason, option;
 	__u8 quote[TL_QUOTE]; /* see refuse_icmp */
 	__u64 answers_since;  /* jiffies: the second in which ... */
 	__u64 n_answers;      /* ... so many answers were sent by this CPU */
@@ -148,27 +148,28 @@ __inline_always bool is_mapped(const struct tl_addr *a)
 	return !a->w[0] && !a->w[1] && a->w[2] == bpf_htonl(0xffff);
 }
 
-/* The option of this kind, if it is IPv4's or TCP's option at `at`, else the next one; 0: there is none. */
-__noinline __u32 next_option(struct __sk_buff *skb, __u32 at, __u32 end, __u32 kind)
+/* From IPv4's or TCP's option at p->option to the next, unless it is of this kind; 0: there is none. */
+static __noinline void next_option(struct __sk_buff *skb, struct packet *p, __u32 end, __u32 kind)
 {
+	__u32 at = p->option;
 	__u8 opt[2];
 
-	if (at + sizeof(opt) > end || bpf_skb_load_bytes(skb, at, opt, sizeof(opt)) || !opt[0] ||
-	    (opt[0] != 1 && (opt[1] < 2 || at + opt[1] > end)))
-		return 0;
-	return opt[0] == kind ? at : opt[0] == 1 ? at + 1 : at + opt[1]; /* 1: NOP, a byte alone */
+	p->option = 0;
+	if (at + sizeof(opt) <= end && !bpf_skb_load_bytes(skb, at, opt, sizeof(opt)) && opt[0] &&
+	    (opt[0] == 1 || (opt[1] >= 2 && at + opt[1] <= end)))
+		p->option = opt[0] == kind ? at : opt[0] == 1 ? at + 1 : at + opt[1]; /* 1: NOP, a byte alone */
 }
 
 /* Where is the option of this kind? 0: nowhere, or behind TL_OPTIONS others. */
-static __noinline __u32 find_option(struct __sk_buff *skb, __u32 at, __u32 end, __u32 kind)
+static __noinline __u32 find_option(struct __sk_buff *skb, struct packet *p, __u32 at, __u32 end, __u32 kind)
 {
+	p->option = at;
 #pragma unroll
 	for (int i = 0; i < TL_OPTIONS; i++) {
-		__u32 next = next_option(skb, at, end, kind);
-
-		if (!next || next == at)
-			return next;
-		at = next;
+		at = p->option;
+		next_option(skb, p, end, kind);
+		if (!p->option || p->option == at)
+			return p->option;
 	}
 	return 0;
 }
@@ -192,8 +193,8 @@ __inline_always int parse_v4(struct __sk_buff *skb, struct packet *p)
 	p->later = frag & 0x1fff;
 	if (ihl == sizeof(*ip))
 		return 0;
-	at = find_option(skb, options, p->l4, 131); /* a source route that is not used up: */
-	at = at ? at : find_option(skb, options, p->l4, 137); /* this is not its destination */
+	at = find_option(skb, p, options, p->l4, 131); /* a source route that is not used up: */
+	at = at ? at : find_option(skb, p, options, p->l4, 137); /* this is not its destination */
 	p->odd = at && !bpf_skb_load_bytes(skb, at, route, sizeof(route)) && route[2] <= route[1];
 	return 0;
 }
@@ -346,8 +347,7 @@ __inline_always __u32 checksum_offset(const struct packet *p)
 }
 
 /* Addresses are in the pseudo-header, which is all that a CHECKSUM_PARTIAL packet's field holds. */
-__inline_always int write_addresses(struct __sk_buff *skb, struct packet *p, const struct tl_tuple *to, __u32 check,
-				    __u64 flags)
+__inline_always int write_addresses(struct __sk_buff *skb, struct packet *p, const struct tl_tuple *to, __u32 check, int flags)
 {
 	__u64 diff = p->v6 ? bpf_csum_diff((void *)&p->tuple, 32, (void *)to, 32, 0) :
 			     fold((__u64)~p->tuple.src.w[3] + (__u32)~p->tuple.dst.w[3] + to->src.w[3] + to->dst.w[3]);
@@ -617,7 +617,7 @@ static __noinline int clamp_mss(struct __sk_buff *skb, struct packet *p)
 	if (!door || door->mtu < 128 || bpf_skb_load_bytes(skb, p->l4 + 12, &doff, 1))
 		return 0;
 	new = bpf_htons(door->mtu - ip_size(p) - sizeof(struct tcphdr));
-	at = find_option(skb, p->l4 + sizeof(struct tcphdr), p->l4 + (doff >> 4) * 4, 2);
+	at = find_option(skb, p, p->l4 + sizeof(struct tcphdr), p->l4 + (doff >> 4) * 4, 2);
 	if (!at || bpf_skb_load_bytes(skb, at, opt, 4) || opt[0] != bpf_htons(2 << 8 | 4) || bpf_ntohs(opt[1]) <= bpf_ntohs(new))
 		return 0;
 	if (bpf_skb_store_bytes(skb, at + 2, &new, 2, 0))
@@ -693,9 +693,7 @@ static __noinline int icmp_error(struct __sk_buff *skb, struct packet *p)
 /* A packet without ports: the reason of an error about a flow of ours, else `otherwise`. */
 __inline_always int without_ports(struct __sk_buff *skb, struct packet *p, int otherwise)
 {
-	int reason = is_error(p, icmp_type(skb, p)) ? icmp_error(skb, p) : 0;
-
-	return reason ? reason : otherwise;
+	return (is_error(p, icmp_type(skb, p)) ? icmp_error(skb, p) : 0) ?: otherwise;
 }
 
 /* === directions =========================================================== */
@@ -746,13 +744,14 @@ static __noinline int new_request(struct __sk_buff *skb, struct packet *p)
 
 static __noinline int request(struct __sk_buff *skb, struct packet *p)
 {
-	int reason = parse_ports(skb, p), served, type;
 	struct tl_flow *flow;
+	int served, type;
 
-	if (reason) { /* matters only if it is for one of our addresses */
-		served = without_ports(skb, p, reason_without_service(p));
-		if (served != TL_NO_PORT || reason != TL_PROTOCOL)
-			return served == TL_NO_PORT ? reason : served;
+	p->reason = parse_ports(skb, p);
+	if (p->reason) { /* matters only if it is for one of our addresses */
+		served = without_ports(skb, p, 0) ?: reason_without_service(p);
+		if (served != TL_NO_PORT || p->reason != TL_PROTOCOL)
+			return served == TL_NO_PORT ? (int)p->reason : served;
 		type = icmp_type(skb, p);
 		return type == (p->v6 ? ICMPV6_ECHO_REQUEST : ICMP_ECHO) ? TL_PING :
 		       is_error(p, type) ? TL_ICMP_STRAY : TL_PROTOCOL;

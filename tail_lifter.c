@@ -4894,7 +4894,7 @@ static int datapath_verify(void)
 	if (r)
 		return fail(
 			"this kernel does not take our BPF programs: %s; it must be 5.10 or newer "
-			"with CONFIG_BPF_SYSCALL; -v prints its reasons",
+			"with CONFIG_BPF_SYSCALL, and no security module forbid them; -v prints its reasons",
 			strerror(-r));
 	return 0;
 }
