@@ -111,7 +111,7 @@ struct packet {
 	struct tl_svc_key svc;
 	struct tl_net_key net;
 	struct tl_frag first;
-	__u32 reason, option;
+	__u32 reason, option, found; /* found: see find_option */
 	__u8 quote[TL_QUOTE]; /* see refuse_icmp */
 	__u64 answers_since;  /* jiffies: the second in which ... */
 	__u64 n_answers;      /* ... so many answers were sent by this CPU */
@@ -148,30 +148,31 @@ __inline_always bool is_mapped(const struct tl_addr *a)
 	return !a->w[0] && !a->w[1] && a->w[2] == bpf_htonl(0xffff);
 }
 
-/* From IPv4's or TCP's option at p->option to the next, unless it is of this kind; 0: there is none. */
+/* Looks at IPv4's or TCP's option at p->option and goes on to the next; behind the one of this kind there is none. */
 static __noinline void next_option(struct __sk_buff *skb, struct packet *p, __u32 end, __u32 kind)
 {
 	__u32 at = p->option;
 	__u8 opt[2];
 
-	p->option = 0;
-	if (at + sizeof(opt) <= end && !bpf_skb_load_bytes(skb, at, opt, sizeof(opt)) && opt[0] &&
-	    (opt[0] == 1 || (opt[1] >= 2 && at + opt[1] <= end)))
-		p->option = opt[0] == kind ? at : opt[0] == 1 ? at + 1 : at + opt[1]; /* 1: NOP, a byte alone */
+	p->option = end;
+	if (at + sizeof(opt) > end || bpf_skb_load_bytes(skb, at, opt, sizeof(opt)) || !opt[0] ||
+	    (opt[0] != 1 && (opt[1] < 2 || at + opt[1] > end)))
+		return;
+	if (opt[0] == kind)
+		p->found = at;
+	else
+		p->option = opt[0] == 1 ? at + 1 : at + opt[1]; /* 1: NOP, a byte alone */
 }
 
 /* Where is the option of this kind? 0: nowhere, or behind TL_OPTIONS others. */
 static __noinline __u32 find_option(struct __sk_buff *skb, struct packet *p, __u32 at, __u32 end, __u32 kind)
 {
 	p->option = at;
+	p->found = 0;
 #pragma unroll
-	for (int i = 0; i < TL_OPTIONS; i++) {
-		at = p->option;
+	for (int i = 0; i < TL_OPTIONS; i++)
 		next_option(skb, p, end, kind);
-		if (!p->option || p->option == at)
-			return p->option;
-	}
-	return 0;
+	return p->found;
 }
 
 __inline_always int parse_v4(struct __sk_buff *skb, struct packet *p)
