@@ -58,6 +58,7 @@
 #include <linux/magic.h>
 #include <linux/membarrier.h>
 #include <linux/netfilter/nf_tables.h>
+#include <linux/netfilter/nf_tables_compat.h>
 #include <linux/netfilter/nfnetlink.h>
 #include <linux/netlink.h>
 #include <linux/pkt_sched.h>
@@ -8201,43 +8202,126 @@ static enum verdict check_rp_filter(int what)
 /* linux/netfilter.h, which does not go together with netinet/in.h */
 enum { NFPROTO_INET = 1, NFPROTO_IPV4 = 2, NFPROTO_IPV6 = 10, NF_INET_FORWARD = 2, NF_DROP = 0, NF_ACCEPT = 1 };
 
-/* A chain of nftables (of iptables too, but for the legacy one): is it one of those that
- * forwarded packets go through, and drops what none of its rules accepts? */
+#define MAX_FORWARDS 16 /* further ones are not looked at */
+
+/* The chains of nftables (of iptables too, but for the legacy one) through which forwarded packets go. */
+struct forwards {
+	int n;
+	bool unseen;
+	struct forward {
+		uint8_t family;
+		char table[NFT_NAME_MAXLEN], name[NFT_NAME_MAXLEN];
+		int verdict; /* on what none of its rules decides: NF_ACCEPT, NF_DROP */
+		bool decided; /* ... by a rule for every packet, before the policy */
+	} at[MAX_FORWARDS];
+};
+
+static const char *const nft_families[] = { [NFPROTO_INET] = "inet", [NFPROTO_IPV4] = "ip", [NFPROTO_IPV6] = "ip6" };
+
 static void on_chain(void *found, const struct nlmsghdr *h)
 {
-	static const char *const families[] = { [NFPROTO_INET] = "inet", [NFPROTO_IPV4] = "ip",
-						[NFPROTO_IPV6] = "ip6" };
 	const struct nfgenmsg *g = NLMSG_DATA(h);
-	uint32_t hook = 0, policy = NF_ACCEPT;
-	const char *table = "", *chain = "";
-	int left = h->nlmsg_len - NLMSG_LENGTH(sizeof(*g)), *dropping = found;
+	struct forward chain = { .family = g->nfgen_family, .verdict = NF_ACCEPT };
+	int left = h->nlmsg_len - NLMSG_LENGTH(sizeof(*g));
+	struct forwards *f = found;
+	uint32_t hook = 0;
 
-	if (h->nlmsg_type == NLMSG_ERROR)
-		*dropping = -1;
-	if (h->nlmsg_type != (NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_NEWCHAIN) || *dropping ||
-	    g->nfgen_family >= ARRAY_SIZE(families) || !families[g->nfgen_family])
+	f->unseen |= h->nlmsg_type == NLMSG_ERROR;
+	if (h->nlmsg_type != (NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_NEWCHAIN) || f->n == MAX_FORWARDS ||
+	    chain.family >= ARRAY_SIZE(nft_families) || !nft_families[chain.family])
 		return;
 	for (const struct rtattr *a = (void *)(g + 1); RTA_OK(a, left); a = RTA_NEXT(a, left))
 		switch (a->rta_type & NLA_TYPE_MASK) {
-		case NFTA_CHAIN_TABLE: table = RTA_DATA(a); break;
-		case NFTA_CHAIN_NAME: chain = RTA_DATA(a); break;
-		case NFTA_CHAIN_POLICY: policy = ntohl(*(uint32_t *)RTA_DATA(a)); break;
+		case NFTA_CHAIN_TABLE: snprintf(chain.table, sizeof(chain.table), "%s", (char *)RTA_DATA(a)); break;
+		case NFTA_CHAIN_NAME: snprintf(chain.name, sizeof(chain.name), "%s", (char *)RTA_DATA(a)); break;
+		case NFTA_CHAIN_POLICY: chain.verdict = ntohl(*(uint32_t *)RTA_DATA(a)); break;
 		case NFTA_CHAIN_HOOK: /* its first member is the hook's number */
 			hook = ntohl(*(uint32_t *)RTA_DATA((struct rtattr *)RTA_DATA(a)));
 		}
-	if (hook != NF_INET_FORWARD || policy != NF_DROP)
+	if (hook == NF_INET_FORWARD)
+		f->at[f->n++] = chain;
+}
+
+/* The member of this type in a nest of attributes, NULL: none. */
+static const struct rtattr *attribute(const struct rtattr *nest, int type)
+{
+	int left = nest ? RTA_PAYLOAD(nest) : 0;
+
+	for (const struct rtattr *a = nest ? RTA_DATA(nest) : NULL; RTA_OK(a, left); a = RTA_NEXT(a, left))
+		if ((a->rta_type & NLA_TYPE_MASK) == type)
+			return a;
+	return NULL;
+}
+
+/* What the expressions of a rule do with every packet: NF_DROP (rejecting is that too), NF_ACCEPT;
+ * -1: neither, or not with every one. */
+static int rule_verdict(const struct rtattr *expressions)
+{
+	int left = RTA_PAYLOAD(expressions), code;
+
+	for (const struct rtattr *e = RTA_DATA(expressions); RTA_OK(e, left); e = RTA_NEXT(e, left)) {
+		const struct rtattr *name = attribute(e, NFTA_EXPR_NAME), *data = attribute(e, NFTA_EXPR_DATA);
+		const char *is = name ? RTA_DATA(name) : "";
+
+		if (!strcmp(is, "counter") || !strcmp(is, "log"))
+			continue;
+		if (!strcmp(is, "reject"))
+			return NF_DROP;
+		if (!strcmp(is, "target")) { /* of iptables */
+			name = attribute(data, NFTA_TARGET_NAME);
+			return name && !strcmp(RTA_DATA(name), "REJECT") ? NF_DROP : -1;
+		}
+		data = strcmp(is, "immediate") ? NULL : attribute(data, NFTA_IMMEDIATE_DATA);
+		data = attribute(attribute(data, NFTA_DATA_VERDICT), NFTA_VERDICT_CODE);
+		code = data ? (int)ntohl(*(uint32_t *)RTA_DATA(data)) : -1;
+		return code == NF_DROP || code == NF_ACCEPT ? code : -1;
+	}
+	return -1;
+}
+
+static void on_rule(void *found, const struct nlmsghdr *h)
+{
+	const struct nfgenmsg *g = NLMSG_DATA(h);
+	const struct rtattr *expressions = NULL;
+	int left = h->nlmsg_len - NLMSG_LENGTH(sizeof(*g)), verdict;
+	const char *table = "", *chain = "";
+	struct forwards *f = found;
+
+	f->unseen |= h->nlmsg_type == NLMSG_ERROR;
+	if (h->nlmsg_type != (NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_NEWRULE))
 		return;
-	fail("%s %s %s drops by default; if requests vanish: nft insert rule %s %s %s iifname %s "
-	     "accept, and with oifname",
-	     families[g->nfgen_family], table, chain, families[g->nfgen_family], table, chain,
-	     agent.door->name);
-	*dropping = 1;
+	for (const struct rtattr *a = (void *)(g + 1); RTA_OK(a, left); a = RTA_NEXT(a, left))
+		switch (a->rta_type & NLA_TYPE_MASK) {
+		case NFTA_RULE_TABLE: table = RTA_DATA(a); break;
+		case NFTA_RULE_CHAIN: chain = RTA_DATA(a); break;
+		case NFTA_RULE_EXPRESSIONS: expressions = a;
+		}
+	verdict = expressions ? rule_verdict(expressions) : -1;
+	for (struct forward *i = f->at; i < f->at + f->n && verdict >= 0; i++)
+		if (!i->decided && i->family == g->nfgen_family && !strcmp(i->table, table) && !strcmp(i->name, chain)) {
+			i->verdict = verdict;
+			i->decided = true;
+		}
+}
+
+/* Asks nftables for all of one kind. */
+static void ask_nftables(struct forwards *f, int fd, int what, void (*on)(void *, const struct nlmsghdr *))
+{
+	struct {
+		struct nlmsghdr h;
+		struct nfgenmsg g;
+	} ask = { .h = { .nlmsg_len = sizeof(ask),
+			 .nlmsg_type = NFNL_SUBSYS_NFTABLES << 8 | what,
+			 .nlmsg_flags = NLM_F_REQUEST | NLM_F_DUMP } };
+
+	if (send(fd, &ask, sizeof(ask), 0) < 0 || !netlink_wait(fd, on, f))
+		f->unseen = true;
 }
 
 /* The same of the legacy iptables, whose headers do not go together with netinet/in.h either:
- * what the kernel's struct ipt_getinfo, ipt_get_entries and ipt_entry or ip6t_entry are. A chain
- * ends with its policy. 1 if that drops, 0 if not or if there is no such table, for asking would
- * make it; -1: it cannot be looked at. */
+ * what the kernel's struct ipt_getinfo, ipt_get_entries and ipt_entry or ip6t_entry are. The first
+ * rule for every packet decides; a chain ends with its policy, which is one. 1 if that drops, 0 if
+ * not or if there is no such table, for asking would make it; -1: it cannot be looked at. */
 static int legacy_drops(bool v4)
 {
 	struct {
@@ -8247,9 +8331,10 @@ static int legacy_drops(bool v4)
 	const int get_info = 64, get_entries = 65, level = v4 ? SOL_IP : SOL_IPV6;
 	FILE *tables = fopen(v4 ? "/proc/net/ip_tables_names" : "/proc/net/ip6_tables_names", "re");
 	socklen_t len = sizeof(info);
-	bool there = false;
+	const size_t what = v4 ? 84 : 136, offsets = what + 4, head = v4 ? 112 : 168; /* of an entry */
+	bool there = false, every;
 	char line[64], *all;
-	uint16_t target;
+	uint16_t offset[2]; /* of the target, of the next entry */
 	int32_t verdict = 0;
 	int fd, err;
 
@@ -8268,11 +8353,18 @@ static int legacy_drops(bool v4)
 	memcpy(all + 32, &info.size, 4);
 	err = err || getsockopt(fd, level, get_entries, all, &len);
 	close(fd);
-	if (!err) {
-		char *entry = all + 40 + info.policy[NF_INET_FORWARD];
+	for (size_t at = info.begin[NF_INET_FORWARD]; !err && !verdict && at <= info.policy[NF_INET_FORWARD]; at += offset[1]) {
+		const char *entry = all + 40 + at, *target;
 
-		memcpy(&target, entry + (v4 ? 88 : 140), sizeof(target));
-		memcpy(&verdict, entry + target + 32, sizeof(verdict));
+		memcpy(offset, entry + offsets, sizeof(offset));
+		target = entry + offset[0];
+		every = offset[0] == head && !*entry && !memcmp(entry, entry + 1, what - 1);
+		if (every && !strcmp(target + 2, "REJECT"))
+			verdict = -NF_DROP - 1;
+		else if (every && !target[2]) /* a verdict, or a chain to go through */
+			memcpy(&verdict, target + 32, sizeof(verdict));
+		if (verdict >= 0)
+			verdict = 0;
 	}
 	free(all);
 	return err ? -1 : verdict == -NF_DROP - 1;
@@ -8280,22 +8372,27 @@ static int legacy_drops(bool v4)
 
 static enum verdict check_firewall(int what)
 {
-	struct {
-		struct nlmsghdr h;
-		struct nfgenmsg g;
-	} ask = { .h = { .nlmsg_len = sizeof(ask),
-			 .nlmsg_type = NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_GETCHAIN,
-			 .nlmsg_flags = NLM_F_REQUEST | NLM_F_DUMP } };
 	bool none = access("/sys/module/nf_tables", F_OK) && !access("/proc/modules", F_OK);
-	int fd, dropping = 0, legacy = legacy_drops(true), legacy6 = legacy_drops(false);
+	int fd, legacy = legacy_drops(true), legacy6 = legacy_drops(false);
+	struct forwards f = { 0 };
 
 	(void)what;
-	fd = none ? -1 : socket(AF_NETLINK, SOCK_RAW | SOCK_NONBLOCK | SOCK_CLOEXEC, NETLINK_NETFILTER);
-	if (!none && (send(fd, &ask, sizeof(ask), 0) < 0 || !netlink_wait(fd, on_chain, &dropping)))
-		dropping = -1; /* not asked where it is not loaded: that would load it */
-	close(fd);
-	if (dropping > 0)
-		return HINT;
+	if (!none) { /* not asked where it is not loaded: that would load it */
+		fd = socket(AF_NETLINK, SOCK_RAW | SOCK_NONBLOCK | SOCK_CLOEXEC, NETLINK_NETFILTER);
+		ask_nftables(&f, fd, NFT_MSG_GETCHAIN, on_chain);
+		if (f.n)
+			ask_nftables(&f, fd, NFT_MSG_GETRULE, on_rule);
+		close(fd);
+	}
+	for (struct forward *i = f.at; i < f.at + f.n; i++)
+		if (i->verdict == NF_DROP) {
+			const char *family = nft_families[i->family];
+
+			fail("%s %s %s drops by default; if requests vanish: nft insert rule %s %s %s iifname %s "
+			     "accept, and with oifname",
+			     family, i->table, i->name, family, i->table, i->name, agent.door->name);
+			return HINT;
+		}
 	if (legacy > 0 || legacy6 > 0) {
 		const char *tool = legacy > 0 ? "iptables-legacy" : "ip6tables-legacy";
 
@@ -8303,7 +8400,7 @@ static enum verdict check_firewall(int what)
 		     "ACCEPT, and with -o", tool, tool, agent.door->name);
 		return HINT;
 	}
-	if (dropping < 0 || legacy < 0 || legacy6 < 0)
+	if (f.unseen || legacy < 0 || legacy6 < 0)
 		return fail("cannot be looked at, see nft list ruleset and iptables-legacy -S"), UNSEEN;
 	return fail("no chain drops by default"), GOOD;
 }

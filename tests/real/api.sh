@@ -97,6 +97,31 @@ disconnect() { in_ns node ss -K dst 127.0.0.1 dport = 6444 2>/dev/null >&2 || tr
 listen() { heard_from=$(wc -c <"$dir/lifter.log"); }
 heard() { tail -c +$((heard_from + 1)) "$dir/lifter.log" | grep -E "$1"; }
 
+echo "# what README says of other clusters"
+# The commands as they stand there, but for the two names that are said to be others'.
+user_of_its_own() (
+	cd "$dir" || exit
+	sed -n '/^## On other clusters/,/^## /s/^    //p' "$manifests/../README.md" |
+		sed "s#API-SERVER:6443#127.0.0.1:6444#; s#CA.crt#$dir/server-ca.crt#" >others
+	kubectl() {
+		case $1 in
+		config) in_ns node "$cluster/kubectl" "$@" ;; # by $KUBECONFIG
+		*) in_ns node "$cluster/kubectl" --kubeconfig="$dir/admin.kubeconfig" --cache-dir="$dir/kubectl" "$@" ;;
+		esac
+	}
+	# shellcheck disable=SC1091
+	. ./others
+)
+by_that_user() { in_ns node "$TAIL_LIFTER" "$1" --kubeconfig "$dir/tail_lifter.kubeconfig" --node node --iface tailscale0 "${@:2}"; }
+check "README: a user for the bare file" user_of_its_own
+check "README: that user sees the services" eval 'by_that_user --dry-run 2>/dev/null | grep -q "10.43.0.80"'
+for verb in list watch; do
+	for kind in services endpointslices nodes servicecidrs; do
+		check "README: that user may $verb $kind" eval "by_that_user --check | grep -E '^ok +$verb $kind +allowed'"
+	done
+done
+kubectl -n kube-system delete serviceaccount/tail-lifter clusterrole/tail-lifter clusterrolebinding/tail-lifter >/dev/null
+
 echo "# the manifests"
 check "tail-lifter.yaml: a server takes it" kubectl apply --dry-run=server -f "$manifests/tail-lifter.yaml"
 check "teardown.yaml: a server takes it" kubectl apply --dry-run=server -f "$manifests/teardown.yaml"
@@ -106,7 +131,16 @@ pods_of() {
 		.spec.template + {apiVersion: "v1", kind: "Pod"} | .metadata += {name: "t", namespace: "kube-system"}' |
 		kubectl create --dry-run=server -f -
 }
-for file in tail-lifter teardown; do check "$file.yaml: a server takes its pods" pods_of $file.yaml; done
+everywhere() { # FILE: its pods are on every node, before others, with all that is asked and limited
+	kubectl apply --dry-run=server -o json -f "$manifests/$1" | jq -e 'if .items then .items[] else . end |
+		select(.kind == "DaemonSet") | .spec.template.spec | .tolerations == [{operator: "Exists"}] and .hostNetwork and
+		.nodeSelector == {"kubernetes.io/os": "linux"} and .priorityClassName == "system-node-critical" and
+		(.containers[0].resources | .requests.cpu and .requests.memory and .limits.memory)'
+}
+for file in tail-lifter teardown; do
+	check "$file.yaml: a server takes its pods" pods_of $file.yaml
+	check "$file.yaml: on every node" everywhere $file.yaml
+done
 quietly token one
 listen
 shipped_lifter
@@ -114,6 +148,10 @@ check "with its ServiceAccount, its capabilities, a read-only root: in sync" soo
 check "with these: --status says so" status_is '.agent.running and .agent.synced'
 check "with these: both pods answer" both tcp 10.43.0.80 80 "$client4"
 check "with these: changes take effect" eval 'quietly endpoints hollow pod-a && soon 10 one 10.43.0.82 8000 pod-a'
+quietly kubectl label node node topology.kubernetes.io/zone=z1
+check "our Node gets a zone" soon 10 status_is '.zone == "z1"'
+quietly kubectl label node node topology.kubernetes.io/zone-
+check "our Node has none any more" soon 10 status_is '.zone == ""'
 
 # lacks RESOURCE VERB: it asks without that right, and says what it lacks
 lacks() {
@@ -123,6 +161,13 @@ lacks() {
 	said=$(in_ns node timeout 1 "$BASH" -c "$shipped" - $how 2>&1 >/dev/null) || true
 	echo "$said"
 	grep -q "403: we may not $2 $1:" <<<"$said"
+}
+# check_tells RESOURCE VERB WORD: so does --check
+check_tells() {
+	local said
+	said=$(in_ns node timeout 60 "$BASH" -c "$shipped" - --check --iface tailscale0 2>&1) || true
+	echo "$said"
+	grep -qE "^$3 +$2 $1 " <<<"$said"
 }
 # goes_on VERB: without that right to servicecidrs it is in sync all the same, and says nothing of it
 goes_on() {
@@ -141,12 +186,19 @@ check "nothing is lacking" fails heard '403: we may not'
 for row in {services,endpointslices,nodes}-{list,watch}; do
 	jq --arg r "${row%-*}" --arg v "${row#*-}" '(.rules[] | select(.resources == [$r]) | .verbs) -= [$v]' <<<"$whole" | quietly kubectl replace -f -
 	check "without the right to ${row#*-} ${row%-*}: it says so" soon 10 lacks "${row%-*}" "${row#*-}"
+	word=FIX
+	[ "${row%-*}" != nodes ] || word=hint
+	check "without the right to ${row#*-} ${row%-*}: --check says so" check_tells "${row%-*}" "${row#*-}" $word
 done
 for verb in list watch; do
 	jq --arg v $verb '(.rules[] | select(.resources == ["servicecidrs"]) | .verbs) -= [$v]' <<<"$whole" | quietly kubectl replace -f -
 	check "without the right to $verb servicecidrs: it goes on and does not say so" goes_on $verb
+	check "without the right to $verb servicecidrs: --check says so" check_tells servicecidrs $verb hint
 done
 quietly kubectl replace -f - <<<"$whole"
+for row in {services,endpointslices,nodes,servicecidrs}-{list,watch}; do
+	check "with the right to ${row#*-} ${row%-*}: --check says so" soon 10 check_tells "${row%-*}" "${row#*-}" ok
+done
 "$TAIL_LIFTER" --cleanup --pin-dir "$pins-lacks"
 check "no right to anything else" same "$(jq -c '[.rules[] | .resources[] as $r | .verbs[] | "\(.) \($r)"] | sort' <<<"$whole")" \
 	'["list endpointslices","list nodes","list servicecidrs","list services","watch endpointslices","watch nodes","watch servicecidrs","watch services"]'
@@ -274,7 +326,7 @@ listed=$(now)
 check "rule 2: nothing in etcd: all is gone" soon 90 status_is '[.services[] | select(.name != "kubernetes")] == []'
 traffic_off
 wait "$counting" || true
-check "rule 2: nothing in etcd: we were told so by complete lists" heard 'services: following'
+check "rule 2: nothing in etcd: we were told so by complete lists" eval 'heard "services: following" && heard "endpointslices: following"'
 check "rule 2: nothing in etcd: all went at once" same "$(awk 'NR == 1 || $1 > 1' "$dir/counts" | wc -l)" 1
 first=$(head -n 1 "$dir/broken" | cut -d' ' -f1)
 check "rule 2: nothing in etcd: traffic went on until there were lists" test "${first:-0}" -gt $((listed - 500))
