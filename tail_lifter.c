@@ -6173,7 +6173,8 @@ static int watch_end(struct api *a, struct model *m, struct watch *w, bool clean
 		return fail("the answer to listing %s ends before the list does",
 			    resources[w->kind].word);
 	if (w->state == WATCH_FOLLOWING && !split_idle(&w->split))
-		return fail("the answer about %s ends in the middle of an event", resources[w->kind].word);
+		return fail("the answer about %s ends in the middle of an event",
+			    resources[w->kind].word);
 	if (a->once && !w->more.len)
 		w->least = INT32_MAX; /* that was all */
 	if (w->state == WATCH_FOLLOWING && m->full[w->kind])
