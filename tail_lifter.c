@@ -6173,10 +6173,15 @@ static int watch_end(struct api *a, struct model *m, struct watch *w, bool clean
 	if (w->state != WATCH_FOLLOWING && !w->whole)
 		return fail("the answer to listing %s ends before the list does",
 			    resources[w->kind].word);
+	if (w->state == WATCH_FOLLOWING && !split_idle(&w->split))
+		return fail("the answer about %s ends in the middle of an event",
+			    resources[w->kind].word);
 	if (a->once && !w->more.len)
 		w->least = INT32_MAX; /* that was all */
 	if (w->state == WATCH_FOLLOWING && m->full[w->kind])
 		w->rv[0] = 0; /* there may be room now */
+	if (w->state == WATCH_FOLLOWING && a->now - w->since < PROVEN && w->failures > 4)
+		return fail("the server ends the watch of %s at once", resources[w->kind].word);
 	if (w->least || (w->state == WATCH_FOLLOWING && a->now - w->since < PROVEN))
 		return AGAIN;
 	if (!w->http.keeps || !clean)

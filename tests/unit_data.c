@@ -960,10 +960,35 @@ static void test_metrics(void)
 			check(TL_EVENTS >> i & 1, "TL_EVENTS", "%s", reasons[i].key);
 }
 
+/* --- pauses: doubled by each failure, up to half a minute; half of it is by chance -- */
+static void test_pauses(void)
+{
+	for (unsigned i = 0; i < 24; i++) {
+		unsigned failures = i < 21 ? i : i == 21 ? 64 : i == 22 ? 1u << 31 : UINT_MAX;
+		int64_t most = 200, least = INT64_MAX, longest = 0;
+
+		for (unsigned n = 0; n < failures && most < 30000; n++)
+			most = most * 2 < 30000 ? most * 2 : 30000;
+		for (int n = 0; n < 2000; n++) {
+			int64_t pause = pause_after(failures);
+
+			least = pause < least ? pause : least;
+			longest = pause > longest ? pause : longest;
+		}
+		check(least >= most / 2 && longest <= most, "pauses",
+		      "after %u failures %" PRId64 " to %" PRId64 " ms, should be %" PRId64
+		      " to %" PRId64, failures, least, longest, most / 2, most);
+		check(least <= most / 20 * 11 && longest >= most / 20 * 19, "pauses by chance",
+		      "after %u failures only %" PRId64 " to %" PRId64 " ms of %" PRId64
+		      " to %" PRId64, failures, least, longest, most / 2, most);
+	}
+}
+
 int main(void)
 {
 	loud = -1;
 	test_metrics();
+	test_pauses();
 	test_json_texts();
 	test_json_values();
 	test_split_list();

@@ -50,6 +50,7 @@ class Request:
         self.watch = self.query.get("watch") in ("true", "1")
         self.stream = self.watch and "sendInitialEvents" in self.query
         self.ask = "stream" if self.stream else "watch" if self.watch else "list"
+        self.ended = False  # a watch that is to end, as when its time is over
 
     def __repr__(self):
         return f"{self.ask} {self.kind} {self.query.get('resourceVersion', '')}"
@@ -99,6 +100,13 @@ class Fake:
                 s.shutdown(socket.SHUT_RDWR)
             except OSError:
                 pass
+
+    def end(self, kind):
+        """The watches of a kind end, as when their time is over."""
+        with self.changed:
+            for r in self.requests:
+                r.ended |= r.kind == kind
+            self.changed.notify_all()
 
     # --- what is in it
 
@@ -222,7 +230,7 @@ class Fake:
             event("BOOKMARK", {"metadata": {"resourceVersion": str(at), "annotations": {
                 "k8s.io/initial-events-end": "true"}}})
         end = time.monotonic() + int(r.query.get("timeoutSeconds", 3600))
-        while time.monotonic() < end:
+        while time.monotonic() < end and not r.ended:
             with self.changed:
                 news = [e for e in self.events[r.kind] if e[0] > at]
                 if not news:
