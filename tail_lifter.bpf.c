@@ -569,6 +569,8 @@ __inline_always int use_flow(struct __sk_buff *skb, struct packet *p, struct tl_
 
 static __noinline void try_port(struct packet *p, __u32 least)
 {
+	if (p->reason != TL_STALE_REPLY)
+		return;
 	p->hash = mix(p->hash);
 	p->flow.to.sport = bpf_htons(least + p->hash % (65536 - least));
 	p->reason = keep_other(p);
@@ -584,12 +586,10 @@ static __noinline int begin_flow(struct __sk_buff *skb, struct packet *p, __u32 
 	p->flow.packets = 1;
 	p->flow.bytes = skb->len;
 	p->reason = keep_other(p);
+	if (p->reason == TL_STALE_REPLY && p->tuple.proto != IPPROTO_SCTP) /* whose checksum we cannot mend */
 #pragma unroll
-	for (int i = 1; i < TL_PORT_TRIES; i++) {
-		if (p->reason != TL_STALE_REPLY || p->tuple.proto == IPPROTO_SCTP) /* whose checksum we cannot mend */
-			break;
-		try_port(p, least);
-	}
+		for (int i = 1; i < TL_PORT_TRIES; i++)
+			try_port(p, least);
 	if (p->reason == TL_STALE_REPLY)
 		return TL_NO_SOURCE_PORT;
 	return p->reason == TL_FLOW_TABLE || bpf_map_update_elem(&ct_map, &p->tuple, &p->flow, BPF_ANY) ? TL_FLOW_TABLE : 0;
