@@ -104,8 +104,7 @@ struct packet {
 	struct tl_flow flow, other; /* what became of a flow that we were to write down; its other half */
 	struct tl_backend backend;  /* that was chosen */
 	__u64 hash;                 /* see try_port */
-	struct ipv6hdr ip6;
-	struct iphdr ip4;           /* as it came, then what is written; */
+	union { struct ipv6hdr ip6; struct iphdr ip4; }; /* as it came, then what is written; */
 	struct tcphdr head;         /* in the same way; of UDP and SCTP the ports */
 	struct tl_tuple key, to;    /* to look up; what an error or an echo becomes, or ought to be there */
 	struct tl_svc_key svc;
@@ -849,7 +848,7 @@ static __noinline int send_answer(struct __sk_buff *skb, struct packet *p, __u8 
 					 .protocol = proto, .saddr = p->tuple.dst.w[3], .daddr = p->tuple.src.w[3] };
 		p->ip4.check = ~fold(bpf_csum_diff(NULL, 0, (void *)&p->ip4, sizeof(p->ip4), 0));
 	}
-	if (bpf_skb_store_bytes(skb, p->l3, p->v6 ? (void *)&p->ip6 : (void *)&p->ip4, ip_size(p), 0) ||
+	if (bpf_skb_store_bytes(skb, p->l3, &p->ip4, ip_size(p), 0) ||
 	    bpf_skb_store_bytes(skb, p->l3 + ip_size(p), &p->head, size, 0))
 		return -1;
 	return send_back(skb, p);
