@@ -900,6 +900,7 @@ __inline_always int refuse_icmp(struct __sk_buff *skb, struct packet *p)
 	*icmp = (struct icmp6hdr){ .icmp6_type = p->v6 ? ICMPV6_DEST_UNREACH : ICMP_DEST_UNREACH,
 				   .icmp6_code = p->v6 ? ICMPV6_PORT_UNREACH : ICMP_PORT_UNREACH };
 	n = n > TL_QUOTE ? TL_QUOTE : n;
+	asm volatile("" : "+r"(n)); /* or clang asks for the least first, and a new verifier forgets it */
 	__builtin_memset(p->quote, 0, TL_QUOTE);
 	if (n < sizeof(struct iphdr) || bpf_skb_load_bytes(skb, p->l3, p->quote, n))
 		return -1;
