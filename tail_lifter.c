@@ -3614,6 +3614,7 @@ static struct maps {
 	bool adopted; /* the first sync is done: nothing unknown is left in the maps */
 	bool inherited; /* from an earlier run */
 	int old_flows[2], n_old; /* maps whose flows are to be carried over; see "doors" */
+	int old_doors; /* door_map of another version, 0: none */
 	bool services_late;	 /* those of services get their files with the doors */
 } maps = { .again_at = INT64_MAX };
 
@@ -4833,6 +4834,9 @@ static int maps_reuse(struct maps *m)
 			} else if (flows && info.key_size == sizeof(struct tl_tuple)) {
 				m->old_flows[m->n_old++] = fd;
 				continue;
+			} else if (map == bpf->maps.door_map) {
+				m->old_doors = fd;
+				continue;
 			}
 			close(fd);
 		}
@@ -4900,6 +4904,32 @@ static int datapath_verify(void)
 	return 0;
 }
 
+static void door_carry(void *size, int fd, const void *key, const void *value)
+{
+	struct tl_door door = { 0 };
+
+	(void)fd;
+	memcpy(&door, value, *(uint32_t *)size < sizeof(door) ? *(uint32_t *)size : sizeof(door));
+	bpf_map_update_elem(maps.fd[DOOR_MAP], key, &door, BPF_ANY);
+}
+
+/* Before our door_map takes the other's place: doors towards pods that nobody knew to be such
+ * would be taken away until their routes are looked at. 0, or -1 with why. */
+static int doors_carry(struct maps *m)
+{
+	struct bpf_map_info info = { 0 };
+	uint32_t len = sizeof(info);
+	int r = 0;
+
+	if (m->old_doors && (bpf_map_get_info_by_fd(m->old_doors, &info, &len) ||
+			     !map_walk(m->old_doors, door_carry, &info.value_size)))
+		r = fail("doors cannot be carried over: %s", strerror(errno));
+	if (m->old_doors)
+		close(m->old_doors);
+	m->old_doors = 0;
+	return r;
+}
+
 /* A descriptor that outlives libbpf's. */
 static int keep(int fd)
 {
@@ -4918,7 +4948,7 @@ static int datapath_load(struct maps *m)
 		m->fd[i] = keep(bpf_object__find_map_fd_by_name(bpf->obj, map_names[i]));
 	for (int i = 0; i < 8; i++)
 		door_fd[i / 4][i / 2 % 2][i % 2] = keep(bpf_program__fd(door_program(i)));
-	r = maps_pin(m);
+	r = doors_carry(m) || maps_pin(m) ? -1 : 0;
 	tail_lifter__destroy(bpf);
 	bpf = NULL;
 	return door_fd[0][1][1] < 0 ? fail("too many open files: raise ulimit -n") : r;

@@ -109,7 +109,8 @@ struct tl_net_key {
 	struct tl_addr addr;
 };
 
-/* door_map: what the agent knows of an interface we are attached to, by ifindex. */
+/* door_map: what the agent knows of an interface we are attached to, by ifindex. New members go
+ * to the end: it is carried into the map of another version. */
 struct tl_door {
 	__u32 mtu;		/* of the VPN: the MSS of SYNs is clamped to it; 0: not */
 	__u32 zero;

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""metrics.py WHAT PORT: clients of `tail_lifter --metrics` that behave in many ways, and a
+"""metrics.py WHAT PORT PID: clients of `tail_lifter --metrics` that behave in many ways, and a
 strict reader of what it says. Run by tests/netns; exits with a line that says what is wrong."""
+import os
 import random
 import re
 import socket
 import sys
 import time
 
-what, port = sys.argv[1], int(sys.argv[2])
+what, port, pid = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+CLIENTS = 8  # WEB_CLIENTS: the agent's at a time
 
 
 def connect(read=None):
@@ -174,9 +176,17 @@ def test_garbage():
     assert get("/healthz")[0] == 200
 
 
+def held():
+    """What the agent holds: descriptors, and the most memory it ever had, in kB."""
+    peak = re.search(r"VmHWM:\s+(\d+) kB", open(f"/proc/{pid}/status").read())
+    return len(os.listdir(f"/proc/{pid}/fd")), int(peak[1])
+
+
 def test_silent():
     """50 that say nothing, and one that never ends: whoever asks is answered, and all are sent
-    away in time."""
+    away in time; meanwhile the agent holds as much as for a few."""
+    assert get("/metrics")[0] == 200
+    (before, memory), most = held(), 0
     silent = [connect() for _ in range(50)]
     talker, begun = connect(), time.monotonic()
     assert get("/healthz")[0] == 200 and get("/metrics")[0] == 200
@@ -185,10 +195,14 @@ def test_silent():
         talker.sendall(b"GET /healthz HTTP/1.1\r\n")
         while time.monotonic() - begun < 15:
             talker.sendall(b"X: y\r\n")
+            most = max(most, held()[0])
             time.sleep(0.2)
     except (ConnectionResetError, BrokenPipeError):
         pass
     took = time.monotonic() - begun
+    assert 1 < most - before <= CLIENTS, f"{before} descriptors without clients, {most} with them"
+    grown = held()[1] - memory
+    assert grown <= 200, f"{grown} kB more than ever before"
     assert 9 < took < 12, f"the talker was sent away after {took:.1f} s"
     for s in silent:
         s.setblocking(False)
