@@ -211,7 +211,7 @@ listen
 disconnect
 check "the token's file was replaced, the old one revoked: changes take effect" \
 	eval 'quietly endpoints hollow pod-b && soon 40 one 10.43.0.82 8000 pod-b'
-check "nothing was refused" fails heard 401
+check "nothing was refused" fails heard '401: '
 quietly kubectl -n kube-system delete secret two
 sleep 11
 disconnect
