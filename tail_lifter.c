@@ -4904,6 +4904,7 @@ static int datapath_verify(void)
 	return 0;
 }
 
+/* An entry of the other door_map, whose values have *size bytes. */
 static void door_carry(void *size, int fd, const void *key, const void *value)
 {
 	struct tl_door door = { 0 };
@@ -8237,7 +8238,7 @@ static enum verdict check_rp_filter(int what)
 /* linux/netfilter.h, which does not go together with netinet/in.h */
 enum { NFPROTO_INET = 1, NFPROTO_IPV4 = 2, NFPROTO_IPV6 = 10, NF_INET_FORWARD = 2, NF_DROP = 0, NF_ACCEPT = 1 };
 
-#define MAX_FORWARDS 16 /* further ones are not looked at */
+#define MAX_FORWARDS 16 /* chains; with more of them --check says that it could not look */
 
 /* The chains of nftables (of iptables too, but for the legacy one) through which forwarded packets go. */
 struct forwards {
@@ -8253,6 +8254,7 @@ struct forwards {
 
 static const char *const nft_families[] = { [NFPROTO_INET] = "inet", [NFPROTO_IPV4] = "ip", [NFPROTO_IPV6] = "ip6" };
 
+/* A chain: if forwarded packets go through it, into *found, a struct forwards, with its policy. */
 static void on_chain(void *found, const struct nlmsghdr *h)
 {
 	const struct nfgenmsg *g = NLMSG_DATA(h);
@@ -8262,7 +8264,7 @@ static void on_chain(void *found, const struct nlmsghdr *h)
 	uint32_t hook = 0;
 
 	f->unseen |= h->nlmsg_type == NLMSG_ERROR;
-	if (h->nlmsg_type != (NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_NEWCHAIN) || f->n == MAX_FORWARDS ||
+	if (h->nlmsg_type != (NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_NEWCHAIN) ||
 	    chain.family >= ARRAY_SIZE(nft_families) || !nft_families[chain.family])
 		return;
 	for (const struct rtattr *a = (void *)(g + 1); RTA_OK(a, left); a = RTA_NEXT(a, left))
@@ -8273,8 +8275,10 @@ static void on_chain(void *found, const struct nlmsghdr *h)
 		case NFTA_CHAIN_HOOK: /* its first member is the hook's number */
 			hook = ntohl(*(uint32_t *)RTA_DATA((struct rtattr *)RTA_DATA(a)));
 		}
-	if (hook == NF_INET_FORWARD)
+	if (hook == NF_INET_FORWARD && f->n < MAX_FORWARDS)
 		f->at[f->n++] = chain;
+	else if (hook == NF_INET_FORWARD)
+		f->unseen = true;
 }
 
 /* The member of this type in a nest of attributes, NULL: none. */
@@ -8314,6 +8318,7 @@ static int rule_verdict(const struct rtattr *expressions)
 	return -1;
 }
 
+/* A rule: if it is one for every packet, and the first such of its chain, that decides. */
 static void on_rule(void *found, const struct nlmsghdr *h)
 {
 	const struct nfgenmsg *g = NLMSG_DATA(h);
