@@ -4345,13 +4345,14 @@ static bool route_find(int fd, const struct in6_addr *to, struct route *r)
  *                      before   1     2     3     4
  *     also_to_IFINDEX           old   old   old
  *     to_IFINDEX       old            new   new   new    (towards pods from_IFINDEX likewise)
- *     new_ct_map                      new
- *     ct_map           old      old   old   new   new
+ *     new_ct_map                      new   new
+ *     ct_map           old      old   old   old   new
  *     from_IFINDEX     old      old   old   new   new    (of the VPN: here flows begin)
  *
- * They are carried over after 2, and after 3 those begun meanwhile. Whoever finds this half
- * done does it again: of two flows in one place that counts which was used last. So members
- * of struct tl_flow are only ever added, at its end, and its key stays as it is. */
+ * They are carried over after 2, and after 3 those begun meanwhile. Whoever finds this half done
+ * does it again, and carries them over before 2 as well, for what is then behind to_IFINDEX may
+ * know some that nobody else does. Of two flows in one place that counts which was used last. So
+ * members of struct tl_flow are only ever added, at its end, and its key stays as it is. */
 #define BPFFS	    "/sys/fs/bpf"
 #define MOUNT_NAME  "tail_lifter" /* the source of a bpffs that we mounted */
 #define TC_PRIORITY 43171	  /* for cls_bpf: our own */
@@ -4617,7 +4618,7 @@ static int door_keep(const char *word, int ifindex, bool in)
 {
 	const char *also = in ? "also_from" : "also_to";
 	int old = pinned(also, ifindex), r = 0;
-	bool kept = old >= 0; /* by one who did not come to the end */
+	bool kept = old >= 0 || errno != ENOENT; /* by one who did not come to the end */
 	struct bpf_link_info info;
 	char path[PATH_MAX];
 
@@ -4904,26 +4905,47 @@ static int datapath_verify(void)
 	return 0;
 }
 
-/* An entry of the other door_map, whose values have *size bytes. */
-static void door_carry(void *size, int fd, const void *key, const void *value)
+/* From a map of another layout into ours. */
+struct carry {
+	uint32_t size; /* of a value there */
+	bool near;     /* flows: only what the VPN's doors look for; else only what those towards pods do */
+	int error;     /* of the first that was not taken */
+};
+
+/* All of such a map. 0, or -1 with errno. */
+static int map_carry(int from, walk_fn *each, struct carry *c)
+{
+	struct bpf_map_info info = { 0 };
+	uint32_t len = sizeof(info);
+
+	if (bpf_map_get_info_by_fd(from, &info, &len))
+		return -1;
+	c->size = info.value_size;
+	if (!map_walk(from, each, c))
+		return -1;
+	errno = c->error;
+	return errno ? -1 : 0;
+}
+
+static void door_carry(void *arg, int fd, const void *key, const void *value)
 {
 	struct tl_door door = { 0 };
+	struct carry *c = arg;
 
 	(void)fd;
-	memcpy(&door, value, *(uint32_t *)size < sizeof(door) ? *(uint32_t *)size : sizeof(door));
-	bpf_map_update_elem(maps.fd[DOOR_MAP], key, &door, BPF_ANY);
+	memcpy(&door, value, c->size < sizeof(door) ? c->size : sizeof(door));
+	if (!c->error && bpf_map_update_elem(maps.fd[DOOR_MAP], key, &door, BPF_ANY))
+		c->error = errno;
 }
 
 /* Before our door_map takes the other's place: doors towards pods that nobody knew to be such
  * would be taken away until their routes are looked at. 0, or -1 with why. */
 static int doors_carry(struct maps *m)
 {
-	struct bpf_map_info info = { 0 };
-	uint32_t len = sizeof(info);
+	struct carry c = { 0 };
 	int r = 0;
 
-	if (m->old_doors && (bpf_map_get_info_by_fd(m->old_doors, &info, &len) ||
-			     !map_walk(m->old_doors, door_carry, &info.value_size)))
+	if (m->old_doors && map_carry(m->old_doors, door_carry, &c))
 		r = fail("doors cannot be carried over: %s", strerror(errno));
 	if (m->old_doors)
 		close(m->old_doors);
@@ -5050,22 +5072,18 @@ static void door_failed(struct doorway *d)
 		doors_detach(d->ifindex);
 }
 
-struct carry {
-	uint32_t size; /* of a value of the old map */
-	bool near;     /* only what the VPN's doors look for; else only what those towards pods do */
-};
-
 static void flow_carry(void *arg, int fd, const void *key, const void *value)
 {
-	struct tl_flow flow = { 0 }, there;
-	const struct carry *c = arg;
+	struct tl_flow flow = { 0 }, there = { 0 };
+	struct carry *c = arg;
 
 	(void)fd;
-	if ((((const struct tl_tuple *)key)->dir < TL_OUT) != c->near)
+	if (c->error || (((const struct tl_tuple *)key)->dir < TL_OUT) != c->near)
 		return;
 	memcpy(&flow, value, c->size < sizeof(flow) ? c->size : sizeof(flow));
-	if (bpf_map_lookup_elem(maps.fd[CT_MAP], key, &there) || there.seen < flow.seen)
-		bpf_map_update_elem(maps.fd[CT_MAP], key, &flow, BPF_ANY);
+	if ((bpf_map_lookup_elem(maps.fd[CT_MAP], key, &there) && errno != ENOENT) ||
+	    (there.seen < flow.seen && bpf_map_update_elem(maps.fd[CT_MAP], key, &flow, BPF_ANY)))
+		c->error = errno;
 }
 
 /* Those towards pods first: once it knows a reply, to_pods would give the request a source port
@@ -5073,13 +5091,9 @@ static void flow_carry(void *arg, int fd, const void *key, const void *value)
 static int flows_carry(const struct maps *m)
 {
 	for (int i = 0; i < 2 * m->n_old; i++) {
-		struct bpf_map_info info = { 0 };
-		uint32_t len = sizeof(info);
-		int old = m->old_flows[i % m->n_old];
 		struct carry c = { .near = i >= m->n_old };
 
-		if (bpf_map_get_info_by_fd(old, &info, &len) ||
-		    (c.size = info.value_size, !map_walk(old, flow_carry, &c)))
+		if (map_carry(m->old_flows[i % m->n_old], flow_carry, &c))
 			return fail("flows cannot be carried over: %s", strerror(errno));
 	}
 	return 0;
@@ -5097,22 +5111,23 @@ static int maps_hand_over(struct maps *m)
 	return flows_carry(m);
 }
 
-/* And after that. */
-static void maps_handed_over(struct maps *m)
+/* And after that. 0, or -1 with why: then it is to be done again. */
+static int maps_handed_over(struct maps *m)
 {
 	char new[PATH_MAX];
 
 	if (!m->n_old)
-		return;
-	snprintf(new, sizeof(new), "%s", pin_path("new_ct_map", 0));
-	rename(new, pin_path("ct_map", 0));
+		return 0;
 	syscall(SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0); /* no CPU is in an old program */
 	if (flows_carry(m))
-		warn("%s", why);
-	else
-		note("flows were carried over");
+		return -1;
+	snprintf(new, sizeof(new), "%s", pin_path("new_ct_map", 0));
+	if (rename(new, pin_path("ct_map", 0)))
+		return fail("cannot pin ct_map: %s", strerror(errno));
+	note("flows were carried over");
 	while (m->n_old)
 		close(m->old_flows[--m->n_old]);
+	return 0;
 }
 
 /* Both doors of all that have none yet: towards the VPN, or towards pods. The one where
@@ -5122,6 +5137,8 @@ static int doors_attach(struct doorway *all, int n)
 	bool beside = maps.n_old;
 	int failed = 0;
 
+	if (flows_carry(&maps))
+		return warn("%s; trying again", why), 1;
 	for (struct doorway *d = all; d < all + n; d++) {
 		d->halfway = false;
 		if (!d->ifindex || d->attached)
@@ -5153,9 +5170,10 @@ static int doors_attach(struct doorway *all, int n)
 	}
 	if (failed)
 		return failed;
-	maps_handed_over(&maps);
+	if (maps_handed_over(&maps))
+		return warn("%s; trying again", why), 1;
 	for (struct doorway *d = all; d < all + n; d++)
-		if (d->halfway)
+		if (d->halfway || (beside && d->attached))
 			doors_unpin(d->ifindex, 2);
 	return 0;
 }
@@ -7513,16 +7531,18 @@ static int agent_open(struct agent *a, bool once)
 	return 0;
 }
 
-/* --once: the interfaces there are have doors, or it is said why not. */
+/* --once: the interfaces there are have doors, or it is said why not; 0: all have. */
 static int ifaces_attached(struct agent *a)
 {
+	if (a->failures) /* now or never */
+		doors_look(a);
 	doors_tick(a, now_ms());
 	for (struct doorway *d = a->door; d < a->door + a->n_iface; d++)
 		if (!d->ifindex)
 			warn("there is no interface %s: is tailscaled running? "
 			     "--iface names another",
 			     d->name);
-	return n_attached(a) < a->n_iface;
+	return a->failures || n_attached(a) < a->n_iface;
 }
 
 /* If another bpffs came over ours, doors and maps go with us, and whoever came after us has its
