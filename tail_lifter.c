@@ -5604,7 +5604,10 @@ static int config_load(struct config *c, const char *origin)
  * One watch per kind of object, each with its own connection: list (or stream)
  * into the model between model_mark and model_sweep, then follow. Whatever goes
  * wrong is said once, and tried again with growing, jittered pauses; meanwhile
- * the model keeps its last good state. */
+ * the model keeps its last good state.
+ *
+ * First in pages, which costs the server half of a stream's CPU, and us the first sync half of
+ * its time; anew as a stream, which asks etcd for nothing: then all the others list anew too. */
 
 #define LIST_PAGE     500    /* objects asked for at once; the server's memory, not ours */
 #define MAX_REFUSAL   4096   /* bytes kept of an error's text */
@@ -5661,6 +5664,7 @@ struct watch {
 	int64_t until;		 /* when the server should have ended the watch */
 	int64_t least;		 /* of the next pause */
 	unsigned failures;	 /* in a row */
+	bool listed;		 /* once: from then on as a stream */
 	bool no_stream;		 /* the server cannot stream a list */
 	bool no_pages;		 /* paging was too slow for it: all in one */
 	bool lost;		 /* cut off, or could not connect: the server may be another by now */
@@ -5844,7 +5848,7 @@ static void watch_request(struct api *a, struct watch *w)
 	if (*w->rv)
 		w->ask = w->lost ? ASK_PROBE : ASK_WATCH;
 	else
-		w->ask = w->no_stream || a->once ? ASK_LIST : ASK_STREAM;
+		w->ask = w->listed && !w->no_stream ? ASK_STREAM : ASK_LIST;
 	buf_printf(&target, "%s%s?%s", a->config.path, r->path, r->select);
 	if (w->kind == NODES)
 		escape(&target, opt.node);
@@ -5998,6 +6002,7 @@ static void watch_go(struct api *a, struct watch *w)
 static void watch_complete(struct api *a, struct model *m, struct watch *w)
 {
 	model_sweep(m, w->kind);
+	w->listed = true;
 	w->no_pages = w->lost = false;
 	json_reset(&a->json);
 	if (a->once && w->kind < NODES && m->synced[SERVICES] && m->synced[SLICES])
@@ -8509,6 +8514,7 @@ static enum verdict check_resource(int what)
 	api_start(&a->api, a->epoll_fd, WAKE_API);
 	for (int k = 0; k < N_KINDS; k++)
 		a->api.watch[k].deadline = k == (int)kind ? 0 : INT64_MAX;
+	w->listed = watch; /* a stream is a watch and no list */
 	*why = 0;
 	while (!done && !denied && !a->stop && !a->api.failed && !a->api.n_said) {
 		loop_round(a);

@@ -3,7 +3,8 @@
  * of the real tail_lifter.c, without the kernel's side. Prints what the model
  * holds after each change: "services=2 backends=2 node=z1 synced", and behind the
  * node "ranges=10.43.0.0/16,fd43::/112" if there are any. With SPEED=N in
- * the environment its clock runs N times as fast, so that waits of minutes can be seen. */
+ * the environment its clock runs N times as fast, so that waits of minutes can be seen; with
+ * ANEW it lists as if it had done so before: as a stream. */
 #define _GNU_SOURCE
 #include <stdlib.h>
 #include <time.h>
@@ -85,6 +86,8 @@ int main(int argc, char **argv)
 		warn("%s", why);
 		return 1;
 	}
+	for (int k = 0; k < N_KINDS; k++)
+		api->watch[k].listed = getenv("ANEW") && !api->once;
 	api_start(api, epoll_fd, 100);
 	while (!api->failed) {
 		int64_t left = (api_deadline(api) - now_ms() + speed - 1) / speed;
