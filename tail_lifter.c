@@ -3602,9 +3602,10 @@ static struct maps {
 	int names; /* of nodes, in pieces */
 	struct buf dying; /* struct dying, in the order of their ends */
 	struct buf ranges; /* elements of net_map that are no service's; sorted */
+	bool ranges_failed; /* to be written again at again_at */
 	struct table places; /* struct place */
 	bool places_changed;
-	int64_t again_at; /* when services that `failed` are written again; INT64_MAX: none did */
+	int64_t again_at; /* when what `failed` is written again; INT64_MAX: nothing did */
 	int64_t sweep_at;     /* flows_sweep: not before */
 	int64_t sweep_due;    /* when the next of the flows is over that it has seen */
 	uint64_t flows_begun; /* TL_FLOW_NEW then */
@@ -3946,15 +3947,23 @@ static void maps_put_ranges(struct maps *m, const struct cidr *range, size_t n)
 {
 	struct buf new = { 0 };
 	uint32_t one = 1;
+	bool failed = false;
 
 	for (; n--; range++) {
 		struct element e = { .map = NET_MAP, .net.prefixlen = 64 + range->bits };
 
 		memcpy(&e.net.addr, &range->addr, sizeof(e.net.addr));
-		if (bpf_map_update_elem(m->fd[NET_MAP], e.bytes, &one, BPF_ANY))
-			warn("net_map did not take a range of services: %s", strerror(errno));
+		if (bpf_map_update_elem(m->fd[NET_MAP], e.bytes, &one, BPF_ANY)) {
+			if (!m->ranges_failed)
+				warn("net_map did not take a range of services (%s); it is tried again "
+				     "from time to time", strerror(errno));
+			failed = true;
+		}
 		buf_add(&new, &e, sizeof(e));
 	}
+	m->ranges_failed = failed;
+	if (failed)
+		m->again_at = now_ms() + (m->adopted ? WRITE_AGAIN : WRITE_SOON);
 	n = new.len ? elements_sort((struct element *)new.at, new.len / sizeof(struct element)) : 0;
 	new.len = n * sizeof(struct element);
 	for (size_t i = 0; i < m->ranges.len; i += sizeof(struct element)) {
@@ -3990,6 +3999,7 @@ static void maps_tick(struct maps *m, struct model *model, int64_t now)
 	if (m->again_at == INT64_MAX || (!n && now < m->again_at))
 		return;
 	m->again_at = INT64_MAX;
+	model->ranges_changed |= m->ranges_failed;
 	TABLE_EACH (&model->services, l) {
 		struct service *s = (struct service *)l;
 
