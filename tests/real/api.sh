@@ -227,6 +227,8 @@ kubeconfig rotating
 listen
 start lifter node "$TAIL_LIFTER" --iface tailscale0 --kubeconfig "$dir/rotating.kubeconfig" --node node --pin-dir "$pins" -v -v
 check "a client certificate: in sync" soon 20 heard "services and .* slices from"
+check "the first list comes in pages" heard 'services: listing'
+check "and not as a stream" fails heard 'services: streaming'
 certificate client-ca kubeproxy /CN=system:kube-proxy
 copy nobody crt # and not yet its key
 listen
@@ -305,7 +307,7 @@ api_server
 soon 60 kubectl get --raw /readyz >/dev/null || true
 kill -CONT "${pid[lifter]}"
 check "slept meanwhile: the history was gone (410)" soon 20 heard '(services|endpointslices|nodes|servicecidrs): 410, its history is gone'
-check "slept meanwhile: it listed anew" soon 20 heard 'services: (streaming|listing)'
+check "slept meanwhile: it listed anew, as a stream" soon 20 heard 'services: streaming'
 check "slept meanwhile: what there is is served" both tcp 10.43.0.90 80 "$client4"
 traffic_off
 check "all the while: no connection failed" same "$(cat "$dir/broken")" ""
