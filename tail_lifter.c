@@ -3615,9 +3615,20 @@ static struct maps {
 	bool adopted; /* the first sync is done: nothing unknown is left in the maps */
 	bool inherited; /* from an earlier run */
 	int old_flows[2], n_old; /* maps whose flows are to be carried over; see "doors" */
+	bool back;		 /* into ct_map, from what a change of hands left half done */
 	int old_doors; /* door_map of another version, 0: none */
 	bool services_late;	 /* those of services get their files with the doors */
 } maps = { .again_at = INT64_MAX };
+
+/* A call of bpf(2) of which nothing would be said if it failed: the kernel may have had no memory
+ * for a moment. */
+#define PATIENT(call)                                                    \
+	({                                                               \
+		int tries_ = 3, r_;                                      \
+		while ((r_ = (call)) && errno == ENOMEM && --tries_)     \
+			;                                                \
+		r_;                                                      \
+	})
 
 static int element_order(const void *a, const void *b)
 {
@@ -3817,6 +3828,19 @@ static void write_sources(struct writing *w, uint64_t name)
 	}
 }
 
+/* What a frontend that could not be written has from an earlier run stays in force: its set
+ * shall not be swept. */
+static void keep_set(struct writing *w, const struct element *frontend)
+{
+	struct element e = { .map = SET_MAP };
+	struct tl_svc was;
+
+	if (PATIENT(bpf_map_lookup_elem(w->maps->fd[SVC_MAP], frontend->bytes, &was)))
+		return;
+	for (e.set.set = was.set; e.set.chunk * TL_CHUNK < was.n_backends; e.set.chunk++)
+		buf_add(&w->elements, &e, sizeof(e));
+}
+
 static void write_frontends(struct writing *w, const struct tl_svc *svc)
 {
 	struct tl_svc none = { 0 };
@@ -3829,6 +3853,8 @@ static void write_frontends(struct writing *w, const struct tl_svc *svc)
 		e.svc.port = htons(f->port);
 		e.svc.proto = w->entry->proto;
 		write_element(w, &e, svc, false);
+		if (w->failed && !w->maps->adopted)
+			keep_set(w, &e);
 		e.svc.port = e.svc.proto = 0;
 		if (w->entry->scope == TL_INTERNAL) /* others may be an address of the node itself */
 			write_element(w, &e, &none, true);
@@ -3893,7 +3919,7 @@ static void drop_element(struct maps *m, const struct element *e, const struct p
 		return;
 	}
 	if (e->map == SVC_MAP && e->svc.port) {
-		if (bpf_map_lookup_elem(m->fd[SVC_MAP], e->bytes, &svc))
+		if (PATIENT(bpf_map_lookup_elem(m->fd[SVC_MAP], e->bytes, &svc)))
 			return;
 		name.text.text = svc.name;
 		if (!element_in(&name, old->at, old->n))
@@ -3901,7 +3927,7 @@ static void drop_element(struct maps *m, const struct element *e, const struct p
 	} else if (e->map == SVC_MAP && shared_count(m, e, -1)) {
 		return;
 	}
-	bpf_map_delete_elem(m->fd[e->map], e->bytes);
+	PATIENT(bpf_map_delete_elem(m->fd[e->map], e->bytes));
 }
 
 /* Brings the maps to what `entries` say of a service, and `*memory` (its
@@ -3970,7 +3996,7 @@ static void maps_put_ranges(struct maps *m, const struct cidr *range, size_t n)
 		const struct element *old = (struct element *)(m->ranges.at + i);
 
 		if (!element_in(old, (struct element *)new.at, n))
-			bpf_map_delete_elem(m->fd[NET_MAP], old->bytes);
+			PATIENT(bpf_map_delete_elem(m->fd[NET_MAP], old->bytes));
 	}
 	buf_free(&m->ranges);
 	m->ranges = new;
@@ -4037,9 +4063,9 @@ static bool map_walk(int fd, walk_fn *each, void *arg)
 	uint64_t batch, *after = NULL;
 
 	while (more) {
-		uint32_t n = AT_ONCE;
+		uint32_t n;
 
-		more = !bpf_map_lookup_batch(fd, after, &batch, keys, values, &n, NULL);
+		more = !PATIENT((n = AT_ONCE, bpf_map_lookup_batch(fd, after, &batch, keys, values, &n, NULL)));
 		good = more || errno == ENOENT;
 		after = &batch;
 		for (uint32_t i = 0; i < n && good; i++)
@@ -4066,7 +4092,7 @@ static void flow_flush(void *arg, int fd, const void *key, const void *value)
 	memcpy(&back, request ? &f->to.dst : &t->src, sizeof(back));
 	if (!number_in(&m->udp, udp_mark(f->name, 'F', &front, front_port)) ||
 	    !number_in(&m->udp, udp_mark(f->name, 'B', &back, back_port)))
-		bpf_map_delete_elem(fd, t);
+		PATIENT(bpf_map_delete_elem(fd, t));
 }
 
 /* After a sync: UDP flows go whose frontend or backend does (rule 17); a client
@@ -4170,18 +4196,18 @@ static void map_sweep(struct maps *m, enum map map, const struct element *known,
 {
 	struct dying d = { .at = now_ms() + SET_GRACE };
 	struct element e, next = { .map = map };
-	bool more = !bpf_map_get_next_key(m->fd[map], NULL, next.bytes);
+	bool more = !PATIENT(bpf_map_get_next_key(m->fd[map], NULL, next.bytes));
 
 	while (more) {
 		e = next;
-		more = !bpf_map_get_next_key(m->fd[map], e.bytes, next.bytes);
+		more = !PATIENT(bpf_map_get_next_key(m->fd[map], e.bytes, next.bytes));
 		d.set = e.set;
 		if (element_in(&e, known, n))
 			continue;
 		if (map == SET_MAP)
 			buf_add(&m->dying, &d, sizeof(d));
 		else
-			bpf_map_delete_elem(m->fd[map], e.bytes);
+			PATIENT(bpf_map_delete_elem(m->fd[map], e.bytes));
 	}
 }
 
@@ -4242,6 +4268,24 @@ static bool maps_sync(struct maps *m, struct model *model)
 #pragma GCC pop_options
 /* === interfaces (rtnetlink) ===============================================
  * That one came or went is told by group RTNLGRP_LINK; which there are, is looked up. */
+/* Asks what there is of an interface. One socket for life: a failure to get
+ * another would look as if no interface were there. -1 with errno, ENODEV: there is none. */
+static int link_ask(unsigned long request, struct ifreq *dev)
+{
+	static int fd = -1;
+
+	if (fd < 0)
+		fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+	return ioctl(fd, request, dev);
+}
+
+static bool link_is_there(int ifindex)
+{
+	struct ifreq dev = { .ifr_ifindex = ifindex };
+
+	return !link_ask(SIOCGIFNAME, &dev) || errno != ENODEV;
+}
+
 /* A socket that hears of links, if `groups` says so; -1 with why. */
 static int netlink_open(unsigned groups)
 {
@@ -4301,6 +4345,7 @@ static bool netlink_wait(int fd, void (*on)(void *arg, const struct nlmsghdr *),
 /* How the kernel would send to an address: by which interface, from which address. */
 struct route {
 	int ifindex; /* 0: not at all, or it is an address of ours */
+	bool unknown; /* the kernel had no memory to tell */
 	struct in6_addr src;
 };
 
@@ -4308,8 +4353,12 @@ static void on_route(void *arg, const struct nlmsghdr *h)
 {
 	const struct rtmsg *m = NLMSG_DATA(h);
 	struct route *r = arg;
-	int left = RTM_PAYLOAD(h);
+	int left = RTM_PAYLOAD(h), error;
 
+	if (h->nlmsg_type == NLMSG_ERROR) {
+		error = ((struct nlmsgerr *)NLMSG_DATA(h))->error;
+		r->unknown = error == -ENOMEM || error == -ENOBUFS;
+	}
 	if (h->nlmsg_type != RTM_NEWROUTE || m->rtm_type != RTN_UNICAST)
 		return;
 	for (const struct rtattr *a = RTM_RTA(m); RTA_OK(a, left); a = RTA_NEXT(a, left))
@@ -4319,8 +4368,8 @@ static void on_route(void *arg, const struct nlmsghdr *h)
 			addr_take(&r->src, m->rtm_family, RTA_DATA(a));
 }
 
-/* Asks for it. False: there is no route. */
-static bool route_find(int fd, const struct in6_addr *to, struct route *r)
+/* Asks for it. */
+static void route_find(int fd, const struct in6_addr *to, struct route *r)
 {
 	bool v4 = addr_is_v4(to);
 	struct {
@@ -4335,7 +4384,8 @@ static bool route_find(int fd, const struct in6_addr *to, struct route *r)
 	memcpy(&ask.dst, v4 ? to->s6_addr + 12 : to->s6_addr, v4 ? 4 : 16);
 	ask.h.nlmsg_len = offsetof(typeof(ask), a) + ask.a.rta_len;
 	*r = (struct route){ 0 };
-	return send(fd, &ask, ask.h.nlmsg_len, 0) > 0 && netlink_wait(fd, on_route, r) && r->ifindex;
+	if (send(fd, &ask, ask.h.nlmsg_len, 0) < 0 || !netlink_wait(fd, on_route, r))
+		r->unknown = true;
 }
 
 /* === doors (programs on interfaces) =======================================
@@ -4352,16 +4402,18 @@ static bool route_find(int fd, const struct in6_addr *to, struct route *r)
  * must be another one, because --flows is or a flow has more members, flows change hands, and
  * until all are carried over replies meet both programs: what one does not know it passes on.
  *
- *                      before   1     2     3     4
+ *                      before   1     2     3     4     5
  *     also_to_IFINDEX           old   old   old
- *     to_IFINDEX       old            new   new   new    (towards pods from_IFINDEX likewise)
- *     new_ct_map                      new   new
- *     ct_map           old      old   old   old   new
- *     from_IFINDEX     old      old   old   new   new    (of the VPN: here flows begin)
+ *     to_IFINDEX       old            new   new   new   new   (towards pods from_IFINDEX likewise)
+ *     new_ct_map                      new   new   new
+ *     ct_map           old      old   old   old   old   new
+ *     from_IFINDEX     old      old   old   new   new   new   (of the VPN: here flows begin)
  *
  * They are carried over after 2, and after 3 those begun meanwhile. Whoever finds this half done
- * does it again, and carries them over before 2 as well, for what is then behind to_IFINDEX may
- * know some that nobody else does. Of two flows in one place that counts which was used last. So
+ * carries over at once what each of the maps has. If new_ct_map is the one it wants it goes on.
+ * If ct_map is, it goes back: from_IFINDEX first, while also_to_IFINDEX still knows ct_map and
+ * to_IFINDEX the other, then to_IFINDEX. (One that wants neither leaves for moments nobody who
+ * knows flows that just began.) Of two flows in one place that counts which was used last. So
  * members of struct tl_flow are only ever added, at its end, and its key stays as it is. */
 #define BPFFS	    "/sys/fs/bpf"
 #define MOUNT_NAME  "tail_lifter" /* the source of a bpffs that we mounted */
@@ -4406,9 +4458,12 @@ static void pin_dir_parent(char parent[PATH_MAX])
 static int pin_dir_open(void)
 {
 	char parent[PATH_MAX];
+	struct statfs fs;
 	int fd;
 
 	pin_dir_parent(parent);
+	if (statfs(parent, &fs) && errno == ENOMEM) /* else another would be mounted over it */
+		return fail("cannot look at %s: %s", parent, strerror(errno));
 	if (!is_bpffs(parent) && !strcmp(parent, BPFFS) && mount(MOUNT_NAME, BPFFS, "bpf", 0, NULL))
 		return fail("no bpffs at %s and it cannot be mounted: %s; mount -t bpf bpf %s, or "
 			    "name another by --pin-dir",
@@ -4517,6 +4572,7 @@ struct clsact {
 	int ifindex;
 	bool there; /* all true also if that is not known */
 	bool ours, others;
+	bool known;
 };
 
 static void on_qdisc(void *arg, const struct nlmsghdr *h)
@@ -4546,16 +4602,15 @@ static struct clsact clsact_look(int ifindex)
 	static const uint32_t sides[] = { TC_H_MIN_INGRESS, TC_H_MIN_EGRESS };
 	struct clsact c = { .ifindex = ifindex };
 	int fd = netlink_open(0);
-	bool known;
 
 	netlink_ask(fd, RTM_GETQDISC, ifindex, 0);
-	known = netlink_wait(fd, on_qdisc, &c);
-	for (int i = 0; i < 2 && known && c.there; i++) {
+	c.known = netlink_wait(fd, on_qdisc, &c);
+	for (int i = 0; i < 2 && c.known && c.there; i++) {
 		netlink_ask(fd, RTM_GETTFILTER, ifindex, TC_H_MAKE(TC_H_CLSACT, sides[i]));
-		known = netlink_wait(fd, on_filter, &c);
+		c.known = netlink_wait(fd, on_filter, &c);
 	}
-	c.there |= !known;
-	c.others |= !known;
+	c.there |= !c.known;
+	c.others |= !c.known;
 	close(fd);
 	return c;
 }
@@ -4563,10 +4618,16 @@ static struct clsact clsact_look(int ifindex)
 /* All names of doors. */
 static const char *const door_words[] = { "to", "from", "also_to", "also_from" };
 
+/* Also if it cannot be told. */
+static bool has_file(const char *word, int ifindex)
+{
+	return !access(pin_path(word, ifindex), F_OK) || errno != ENOENT;
+}
+
 static bool has_files(int ifindex)
 {
 	for (size_t i = 0; i < ARRAY_SIZE(door_words); i++)
-		if (!access(pin_path(door_words[i], ifindex), F_OK))
+		if (has_file(door_words[i], ifindex))
 			return true;
 	return false;
 }
@@ -4583,6 +4644,8 @@ static int door_attach_tc(int prog, const char *word, int ifindex, bool in)
 	bool made = !c.there || (c.ours && !c.others && !has_files(ifindex));
 	int r;
 
+	if (!c.known) /* whose the qdisc is */
+		return fail("cannot look for a clsact qdisc");
 	if (pin(prog, word, ifindex) || (made && pin(maps.fd[STAT_MAP], "clsact", ifindex)))
 		return -1;
 	r = bpf_tc_hook_create(&hook);
@@ -4679,7 +4742,7 @@ static void doors_unpin(int ifindex, size_t from)
 		tc |= (fd >= 0 || errno != ENOENT) && !is_tcx_link(fd, &info);
 		close(fd);
 	}
-	if (tc && if_indextoname(ifindex, (char[IF_NAMESIZE]){ 0 }))
+	if (tc && link_is_there(ifindex))
 		doors_detach_tc(ifindex, from);
 	if (tc && !from && !access(pin_path("clsact", ifindex), F_OK))
 		clsact_detach(ifindex);
@@ -4844,6 +4907,7 @@ static int maps_reuse(struct maps *m)
 				reused = m->inherited = true;
 			} else if (flows && info.key_size == sizeof(struct tl_tuple)) {
 				m->old_flows[m->n_old++] = fd;
+				m->back = reused;
 				continue;
 			} else if (map == bpf->maps.door_map) {
 				m->old_doors = fd;
@@ -5003,23 +5067,21 @@ struct doorway {
 /* By name, or by index if that is empty: what there is. False: nothing. */
 static bool link_look(struct doorway *d)
 {
-	int any = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
 	struct ifreq dev = { .ifr_ifindex = d->ifindex };
 	bool there;
 
 	if (*d->name) {
 		memcpy(dev.ifr_name, d->name, sizeof(dev.ifr_name));
-		there = !ioctl(any, SIOCGIFINDEX, &dev);
+		there = !link_ask(SIOCGIFINDEX, &dev);
 		d->ifindex = there ? dev.ifr_ifindex : 0;
 	} else {
-		there = !ioctl(any, SIOCGIFNAME, &dev);
+		there = !link_ask(SIOCGIFNAME, &dev);
 		memcpy(d->name, dev.ifr_name, sizeof(d->name));
 	}
-	if (there && !ioctl(any, SIOCGIFHWADDR, &dev))
+	if (there && !link_ask(SIOCGIFHWADDR, &dev))
 		d->type = dev.ifr_hwaddr.sa_family;
-	if (there && !ioctl(any, SIOCGIFMTU, &dev))
+	if (there && !link_ask(SIOCGIFMTU, &dev))
 		d->mtu = dev.ifr_mtu;
-	close(any);
 	return there;
 }
 
@@ -5060,10 +5122,15 @@ static int door_note(const struct doorway *d)
 		       0;
 }
 
+/* The door out or in; beside what is behind it. On the way back both programs that are needed
+ * are there already. */
 static int door_put(const struct doorway *d, bool in, bool beside)
 {
-	const char *word = in ? "from" : "to";
+	const char *word = in ? "from" : "to", *also = in ? "also_from" : "also_to";
 
+	if (beside && maps.back && !access(pin_path(also, d->ifindex), F_OK) &&
+	    !access(pin_path(word, d->ifindex), F_OK))
+		return 0;
 	if (beside && door_keep(word, d->ifindex, in))
 		return -1;
 	return door_attach(door_fd[d->pods][is_ethernet(d->type)][in], word, d->ifindex, in);
@@ -5077,8 +5144,7 @@ static void door_failed(struct doorway *d)
 	if (h != d->said)
 		warn("interface %s: %s", d->name, why);
 	d->said = h;
-	if (access(pin_path(d->pods ? "to" : "from", d->ifindex), F_OK) &&
-	    access(pin_path("also_to", d->ifindex), F_OK))
+	if (!has_file(d->pods ? "to" : "from", d->ifindex) && !has_file("also_to", d->ifindex))
 		doors_detach(d->ifindex);
 }
 
@@ -5112,32 +5178,46 @@ static int flows_carry(const struct maps *m)
 /* Before requests come to the new programs. 0, or -1 with why. */
 static int maps_hand_over(struct maps *m)
 {
+	if (m->services_late) /* the others mean nothing without it, a mixture the wrong thing */
+		unpin(map_names[SVC_MAP], 0);
 	for (enum map i = TEXT_MAP; m->services_late && i < CT_MAP; i++)
 		if (pin(m->fd[i], map_names[i], 0))
 			return -1;
 	m->services_late = false;
-	if (m->n_old && pin(m->fd[CT_MAP], "new_ct_map", 0))
+	if (m->n_old && !m->back && pin(m->fd[CT_MAP], "new_ct_map", 0))
 		return -1;
 	return flows_carry(m);
 }
 
-/* And after that. 0, or -1 with why: then it is to be done again. */
-static int maps_handed_over(struct maps *m)
+/* After that: what began meanwhile. 0, or -1 with why. */
+static int maps_handed_over(const struct maps *m)
+{
+	if (m->n_old && syscall(SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0))
+		usleep(100000); /* until no CPU is in an old program; the call is not there with nohz_full */
+	return flows_carry(m);
+}
+
+/* Nobody needs the old flows any more. 0, or -1 with why. */
+static int maps_done(struct maps *m)
 {
 	char new[PATH_MAX];
 
 	if (!m->n_old)
 		return 0;
-	syscall(SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0); /* no CPU is in an old program */
-	if (flows_carry(m))
-		return -1;
 	snprintf(new, sizeof(new), "%s", pin_path("new_ct_map", 0));
-	if (rename(new, pin_path("ct_map", 0)))
+	if (m->back ? unlink(new) : rename(new, pin_path("ct_map", 0)))
 		return fail("cannot pin ct_map: %s", strerror(errno));
 	note("flows were carried over");
 	while (m->n_old)
 		close(m->old_flows[--m->n_old]);
+	m->back = false;
 	return 0;
+}
+
+/* The doors beside which others stay: towards the VPN that out; towards pods both. */
+static int doors_put(const struct doorway *d, bool beside)
+{
+	return door_put(d, d->pods, beside) || (d->pods && door_put(d, false, beside)) ? -1 : 0;
 }
 
 /* Both doors of all that have none yet: towards the VPN, or towards pods. The one where
@@ -5154,8 +5234,7 @@ static int doors_attach(struct doorway *all, int n)
 		if (!d->ifindex || d->attached)
 			continue;
 		d->halfway = !link_check(d);
-		if (d->halfway && (door_note(d) || door_put(d, d->pods, beside) ||
-				   (d->pods && door_put(d, false, beside)))) {
+		if (d->halfway && (door_note(d) || doors_put(d, beside))) {
 			d->halfway = false;
 			failed++;
 		}
@@ -5177,15 +5256,21 @@ static int doors_attach(struct doorway *all, int n)
 		d->attached = true;
 		d->said = 0;
 		note("attached to %s%s", d->name, d->pods ? ", for source NAT" : "");
+		if (!beside)
+			doors_unpin(d->ifindex, 2);
 	}
 	if (failed)
 		return failed;
 	if (maps_handed_over(&maps))
 		return warn("%s; trying again", why), 1;
-	for (struct doorway *d = all; d < all + n; d++)
-		if (d->halfway || (beside && d->attached))
-			doors_unpin(d->ifindex, 2);
-	return 0;
+	for (struct doorway *d = all; beside && d < all + n; d++) {
+		if (!d->attached)
+			continue;
+		if (maps.back && doors_put(d, false))
+			return warn("interface %s: %s; trying again", d->name, why), 1;
+		doors_unpin(d->ifindex, 2);
+	}
+	return maps_done(&maps) ? warn("%s; trying again", why), 1 : 0;
 }
 
 /* === kubeconfig ===========================================================
@@ -7158,25 +7243,33 @@ static void doors_adopt(struct agent *a)
 
 /* By which interfaces, and from which addresses, are the backends reached that want source
  * NAT? The VPN's is none: who masquerades there has done it already. Brings the list of doors
- * to it. */
-static void far_look(struct agent *a)
+ * to it. False: the kernel could not tell; nothing has changed. */
+static bool far_look(struct agent *a)
 {
 	struct doorway old[MAX_FAR], *d;
 	int fd = netlink_open(0), n_old = a->n_doors - a->n_iface;
+	bool known = fd >= 0;
 	struct route r;
 
-	if (fd < 0)
-		return;
 	memcpy(old, a->door + a->n_iface, n_old * sizeof(*old));
 	a->n_doors = a->n_iface;
 	TABLE_EACH (&maps.places, l) {
 		const struct in6_addr *addr = &((struct place *)l)->addr;
 
-		d = route_find(fd, addr, &r) ? far_add(a, r.ifindex) : NULL;
+		if (!known)
+			break;
+		route_find(fd, addr, &r);
+		known = !r.unknown;
+		d = r.ifindex ? far_add(a, r.ifindex) : NULL;
 		if (d && d->pods)
 			d->snat[!addr_is_v4(addr)] = r.src;
 	}
 	close(fd);
+	if (!known) {
+		memcpy(a->door + a->n_iface, old, n_old * sizeof(*old));
+		a->n_doors = a->n_iface + n_old;
+		return false;
+	}
 	for (int i = 0; i < n_old; i++) {
 		d = door_find(a, old[i].ifindex);
 		if (!d && old[i].ifindex)
@@ -7186,6 +7279,7 @@ static void far_look(struct agent *a)
 		d->attached = old[i].attached && !memcmp(d->snat, old[i].snat, sizeof(d->snat));
 		d->said = old[i].said;
 	}
+	return true;
 }
 
 /* What there is of one of --iface. */
@@ -7198,7 +7292,7 @@ static void iface_look(struct doorway *d)
 		door_lost(&was);
 	d->attached = was.attached && d->ifindex;
 	if (d->attached && d->mtu != was.mtu)
-		door_note(d);
+		d->attached = !door_note(d);
 }
 
 static int n_attached(const struct agent *a)
@@ -7213,15 +7307,15 @@ static int n_attached(const struct agent *a)
 /* Brings the doors to what there is. What fails is tried again. */
 static void doors_look(struct agent *a)
 {
+	bool known;
 	int n;
 
 	a->look = maps.places_changed = false;
 	for (struct doorway *d = a->door; d < a->door + a->n_iface; d++)
 		iface_look(d);
 	n = n_attached(a);
-	if (opt.snat && maps.adopted)
-		far_look(a);
-	a->failures = doors_attach(a->door, a->n_doors) ? a->failures + 1 : 0;
+	known = !opt.snat || !maps.adopted || far_look(a);
+	a->failures = doors_attach(a->door, a->n_doors) || !known ? a->failures + 1 : 0;
 	a->look_at = a->failures ? now_ms() + pause_after(a->failures - 1) : INT64_MAX;
 	if (n_attached(a) > n && !a->tailscaled.bus.fd && a->tailscaled.deadline != INT64_MAX)
 		a->tailscaled.deadline = 0; /* it has come back */
@@ -7519,6 +7613,7 @@ static int print_out(const struct buf *out)
 /* Everything up to the first event. 0, or -1 with why. */
 static int agent_open(struct agent *a, bool once)
 {
+	struct ifreq none = { 0 };
 	struct tl_svc_key any;
 
 	a->pin_fd = pin_dir_open();
@@ -7528,6 +7623,8 @@ static int agent_open(struct agent *a, bool once)
 		return fail("another tail_lifter (%s) is at work with %s; stop it first, or use "
 			    "another --pin-dir",
 			    agent_where(pin_dir_holder(a->pin_fd)), opt.pin_dir);
+	if (link_ask(SIOCGIFINDEX, &none) && errno != ENODEV)
+		return fail("cannot ask for interfaces: %s", strerror(errno));
 	/* the source before the datapath: a first start without one leaves nothing behind */
 	if (loop_open(a) || source_open(a, once) || datapath_load(&maps))
 		return -1;
@@ -7540,7 +7637,7 @@ static int agent_open(struct agent *a, bool once)
 	a->status.pid = getpid();
 	a->tailscaled.epoll_fd = a->epoll_fd;
 	a->tailscaled.tag = WAKE_TAILSCALED;
-	if (!bpf_map_get_next_key(maps.fd[SVC_MAP], NULL, &any)) /* of an earlier run */
+	if (!PATIENT(bpf_map_get_next_key(maps.fd[SVC_MAP], NULL, &any))) /* of an earlier run */
 		doors_begin(a);
 	status_write(a);
 	return 0;
@@ -7570,7 +7667,8 @@ static void doors_leave(const struct agent *a)
 	char name[32];
 	int link;
 
-	if (fstat(a->pin_fd, &ours) || (!stat(opt.pin_dir, &there) && there.st_dev == ours.st_dev))
+	if (fstat(a->pin_fd, &ours) ||
+	    (stat(opt.pin_dir, &there) ? errno != ENOENT : there.st_dev == ours.st_dev))
 		return;
 	for (const struct doorway *d = a->door; d < a->door + a->n_doors; d++) {
 		snprintf(name, sizeof(name), "%s_%d", d->pods ? "to" : "from", d->ifindex);
@@ -7603,7 +7701,7 @@ static int agent_run(struct agent *a, bool once)
 	api_stop(&a->api);
 	if (!once)
 		return doors_leave(a), 0;
-	missing = ifaces_attached(a);
+	missing = ifaces_attached(a) || maps.again_at != INT64_MAX;
 	return opt.advertise && routes_now(&a->tailscaled.want, a->tailscaled.sure) ? -1 : missing;
 }
 
