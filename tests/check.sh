@@ -21,10 +21,10 @@ check() {
 
 # soon SECONDS COMMAND...: try until it holds; what it said last is shown if it never does.
 soon() {
-	local until=$((SECONDS + $1)) said
+	local until=$((${EPOCHREALTIME/./} + $1 * 1000000)) said
 	shift
 	until said=$("$@" 2>&1); do
-		((SECONDS < until)) || { echo "$said"; echo "still not so: $*"; return 1; }
+		((${EPOCHREALTIME/./} < until)) || { echo "$said"; echo "still not so: $*"; return 1; }
 		sleep 0.05
 	done
 }

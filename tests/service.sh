@@ -68,7 +68,7 @@ done
 
 first=$(of_unit MainPID)
 inside systemctl kill -s KILL tail-lifter
-check "service: killed, it comes back" soon 10 eval '[ "$(of_unit MainPID)" != "$first" ] && is active && status_has "running, pid $(of_unit MainPID)"'
+check "service: killed, it comes back" soon 30 eval '[ "$(of_unit MainPID)" != "$first" ] && is active && status_has "running, pid $(of_unit MainPID)"'
 check "service: stopped" inside systemctl stop tail-lifter
 check "service: stopped, the datapath stays" pinned
 inside systemctl start tail-lifter

@@ -191,12 +191,21 @@ static void serve_udp(int fd, const char *name)
 	sendmsg(fd, &msg, 0);
 }
 
+static void room_for_bursts(int fd)
+{
+	int bytes = 8 << 20;
+
+	setsockopt(fd, SOL_SOCKET, SO_RCVBUFFORCE, &bytes, sizeof(bytes));
+	setsockopt(fd, SOL_SOCKET, SO_SNDBUFFORCE, &bytes, sizeof(bytes));
+}
+
 static int pod(char **arg)
 {
 	struct pollfd p[2] = { { .fd = listen_on(SOCK_STREAM, atoi(arg[1])), .events = POLLIN },
 			       { .fd = listen_on(SOCK_DGRAM, atoi(arg[1])), .events = POLLIN } };
 
 	setsockopt(p[1].fd, IPPROTO_IPV6, IPV6_RECVPKTINFO, &(int){ 1 }, sizeof(int));
+	room_for_bursts(p[1].fd);
 	puts("ready");
 	fflush(stdout);
 	while (poll(p, 2, -1) > 0) {
@@ -215,14 +224,6 @@ static int epoll_on(int epoll_fd, int fd, void *what)
 	if (epoll_ctl(epoll_fd, EPOLL_CTL_ADD, fd, &e))
 		err(1, "epoll");
 	return fd;
-}
-
-static void room_for_bursts(int fd)
-{
-	int bytes = 8 << 20;
-
-	setsockopt(fd, SOL_SOCKET, SO_RCVBUFFORCE, &bytes, sizeof(bytes));
-	setsockopt(fd, SOL_SOCKET, SO_SNDBUFFORCE, &bytes, sizeof(bytes));
 }
 
 static int echo(char **arg)

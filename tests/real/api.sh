@@ -158,7 +158,7 @@ lacks() {
 	local said how=--dry-run
 	[ "$2" = list ] || how="--iface none0 --pin-dir $pins-lacks"
 	# shellcheck disable=SC2086 # a list
-	said=$(in_ns node timeout 1 "$BASH" -c "$shipped" - $how 2>&1 >/dev/null) || true
+	said=$(in_ns node timeout 3 "$BASH" -c "$shipped" - $how 2>&1 >/dev/null) || true
 	echo "$said"
 	grep -q "403: we may not $2 $1:" <<<"$said"
 }
@@ -175,7 +175,7 @@ goes_on() {
 	soon 10 eval "same \"\$(kubectl auth can-i $1 servicecidrs --as=$agent)\" no" || return
 	[ "$1" = list ] || how="--iface none0 --pin-dir $pins-lacks"
 	# shellcheck disable=SC2086 # a list
-	said=$(in_ns node timeout 3 "$BASH" -c "$shipped" - $how 2>&1 >"$dir/printed") || true
+	said=$(in_ns node timeout 10 "$BASH" -c "$shipped" - $how 2>&1 >"$dir/printed") || true
 	echo "$said"
 	fails grep -E '403: we may not|servicecidrs' <<<"$said" || return
 	if [ "$1" = list ]; then grep -q '10.43.0.80' "$dir/printed"; else grep -q 'services and .* slices from' <<<"$said"; fi
@@ -185,7 +185,7 @@ whole=$(role | jq 'del(.metadata.resourceVersion)')
 check "nothing is lacking" fails heard '403: we may not'
 for row in {services,endpointslices,nodes}-{list,watch}; do
 	jq --arg r "${row%-*}" --arg v "${row#*-}" '(.rules[] | select(.resources == [$r]) | .verbs) -= [$v]' <<<"$whole" | quietly kubectl replace -f -
-	check "without the right to ${row#*-} ${row%-*}: it says so" soon 10 lacks "${row%-*}" "${row#*-}"
+	check "without the right to ${row#*-} ${row%-*}: it says so" soon 30 lacks "${row%-*}" "${row#*-}"
 	word=FIX
 	[ "${row%-*}" != nodes ] || word=hint
 	check "without the right to ${row#*-} ${row%-*}: --check says so" check_tells "${row%-*}" "${row#*-}" $word
@@ -252,8 +252,10 @@ traffic_on() {
 	rm -f "$dir/enough"
 	: >"$dir/broken"
 	(
+		local begun
 		until [ -e "$dir/enough" ]; do
-			asks 10.43.0.80 >"$dir/asked" || echo "$(now) $(tr '\n' ' ' <"$dir/asked")" >>"$dir/broken"
+			begun=$(now) # not when it gave up
+			asks 10.43.0.80 6 >"$dir/asked" || echo "$begun $(tr '\n' ' ' <"$dir/asked")" >>"$dir/broken"
 		done
 	) &
 	traffic=$!
@@ -261,11 +263,11 @@ traffic_on() {
 traffic_off() { touch "$dir/enough"; wait "$traffic" || true; }
 # counts: how many services there are, a line whenever that changes, until `enough`
 counts() {
-	local n last=
+	local n seen='' last='' # seen twice: a look may fall between two writes
 	until [ -e "$dir/enough" ]; do
 		n=$(lift --status -o json | jq '[.services[].name] | unique | length')
-		[ "$n" = "$last" ] || echo "$n"
-		last=$n
+		[ "$n" != "$seen" ] || [ "$n" = "$last" ] || { echo "$n"; last=$n; }
+		seen=$n
 		sleep 0.02
 	done
 }
@@ -296,7 +298,8 @@ check "back: a service made meanwhile is served" soon 60 both tcp 10.43.0.90 80 
 check "back: endpoints changed meanwhile are served" soon 10 one 10.43.0.82 8000 pod-b
 check "back: a service deleted meanwhile is gone" soon 10 status_is '[.services[] | select(.name == "only-a")] == []'
 check "back: it listed anew" heard 'services: (streaming|listing)'
-check "back: in touch again" soon 20 heard 'in touch again'
+# of four watches, each after a pause of up to 30 s, perhaps two, and 5 s
+check "back: in touch again" soon 70 heard 'in touch again'
 # who has failed often of late lists anew without asking for the rest; who slept asks
 listen
 kill -STOP "${pid[lifter]}"
@@ -326,6 +329,7 @@ api_server
 soon 60 kubectl get --raw /api/v1/services >/dev/null
 listed=$(now)
 check "rule 2: nothing in etcd: all is gone" soon 90 status_is '[.services[] | select(.name != "kubernetes")] == []'
+sleep 1 # somebody asks after that, too
 traffic_off
 wait "$counting" || true
 check "rule 2: nothing in etcd: we were told so by complete lists" eval 'heard "services: following" && heard "endpointslices: following"'

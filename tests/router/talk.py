@@ -26,7 +26,7 @@
                                             is where it was. What is lost by UDP is asked again after half
                                             a second, and who waits for TCP three seconds asks again too:
                                             nudged, for only a request brings back a flow that is gone
-PATIENCE, in the environment, is how many seconds it waits (3); SOURCE, from which address it asks.
+PATIENCE, in the environment, is how many seconds it waits (8); SOURCE, from which address it asks.
 An error is told as "ERRNO from OFFENDER about DESTINATION:PORT"; "its own words" if what it
 quotes is what was sent.
 """
@@ -52,7 +52,7 @@ OWN_PORTS = itertools.count(os.getpid() * 37)
 def connected(kind, address, port, own=True):
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     s = socket.socket(family, socket.SOCK_STREAM if kind == "tcp" else socket.SOCK_DGRAM)
-    s.settimeout(float(os.environ.get("PATIENCE", 3)))
+    s.settimeout(float(os.environ.get("PATIENCE", 8)))
     if own:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that has been closed may still wait
     # The kernel gives one port to two sockets that only connect, if to different places. Such a pair may share
@@ -66,11 +66,11 @@ def mtu(s):
     return s.getsockopt(*((socket.IPPROTO_IPV6, IPV6_MTU) if s.family == socket.AF_INET6 else (socket.IPPROTO_IP, IP_MTU)))
 
 
-def told(s, sent):
+def told(s, sent, patience=3000):
     """The error that lies in the socket's queue, in words; and what it says of the MTU."""
     poll = select.poll()
     poll.register(s, 0)  # POLLERR comes unasked
-    if not poll.poll(3000):
+    if not poll.poll(patience):
         return "no error", 0
     data, control, _, about = s.recvmsg(4096, 512, socket.MSG_ERRQUEUE)
     for _, _, value in control:
@@ -89,10 +89,10 @@ def told(s, sent):
     return "an error without a name", 0
 
 
-def send_for_error(s, data):
+def send_for_error(s, data, patience=3000):
     s.setsockopt(*RECVERR[s.family], 1)
     s.send(data)
-    return told(s, data)
+    return told(s, data, patience)
 
 
 def parse(answer):
@@ -210,8 +210,12 @@ def late(port):
     t.bind(("", int(port)))
     t.connect((name, client[1]))
     t.send(b"once")
-    time.sleep(0.3)
-    return send_for_error(t, b"is anybody still there?")[0].replace(f":{client[1]},", ":PORT,")
+    for _ in range(8):  # whoever asked is gone sooner or later
+        time.sleep(0.3)
+        error = send_for_error(t, b"is anybody still there?", 1000)[0]
+        if error != "no error":
+            break
+    return error.replace(f":{client[1]},", ":PORT,")
 
 
 def sink(port):
