@@ -4268,8 +4268,9 @@ static bool maps_sync(struct maps *m, struct model *model)
 #pragma GCC pop_options
 /* === interfaces (rtnetlink) ===============================================
  * That one came or went is told by group RTNLGRP_LINK; which there are, is looked up. */
-/* Asks what there is of an interface. One socket for life: a failure to get
- * another would look as if no interface were there. -1 with errno, ENODEV: there is none. */
+
+/* Asks what there is of an interface. One socket for life: a failure to get another would look
+ * as if no interface were there. -1 with errno, ENODEV: there is none. */
 static int link_ask(unsigned long request, struct ifreq *dev)
 {
 	static int fd = -1;
@@ -4618,7 +4619,7 @@ static struct clsact clsact_look(int ifindex)
 /* All names of doors. */
 static const char *const door_words[] = { "to", "from", "also_to", "also_from" };
 
-/* Also if it cannot be told. */
+/* There is such a file, or it cannot be told. */
 static bool has_file(const char *word, int ifindex)
 {
 	return !access(pin_path(word, ifindex), F_OK) || errno != ENOENT;
@@ -5123,17 +5124,17 @@ static int door_note(const struct doorway *d)
 }
 
 /* The door out or in; beside what is behind it. On the way back both programs that are needed
- * are there already. */
+ * may be there already (a filter whose file is there may be gone: it is put back). */
 static int door_put(const struct doorway *d, bool in, bool beside)
 {
 	const char *word = in ? "from" : "to", *also = in ? "also_from" : "also_to";
+	bool both = beside && maps.back && !access(pin_path(also, d->ifindex), F_OK) &&
+		!access(pin_path(word, d->ifindex), F_OK);
 
-	if (beside && maps.back && !access(pin_path(also, d->ifindex), F_OK) &&
-	    !access(pin_path(word, d->ifindex), F_OK))
-		return 0;
 	if (beside && door_keep(word, d->ifindex, in))
 		return -1;
-	return door_attach(door_fd[d->pods][is_ethernet(d->type)][in], word, d->ifindex, in);
+	return both ? 0 :
+		      door_attach(door_fd[d->pods][is_ethernet(d->type)][in], word, d->ifindex, in);
 }
 
 /* `why`, once. What was there before us stays as it is. */
@@ -5701,8 +5702,8 @@ static int config_load(struct config *c, const char *origin)
  * wrong is said once, and tried again with growing, jittered pauses; meanwhile
  * the model keeps its last good state.
  *
- * First in pages, which costs the server half of a stream's CPU, and us the first sync half of
- * its time; anew as a stream, which asks etcd for nothing: then all the others list anew too. */
+ * First in pages, which costs the server half of the CPU that a stream takes; anew as a stream,
+ * of which etcd hears nothing: a server that comes back has all others to answer too. */
 
 #define LIST_PAGE     500    /* objects asked for at once; the server's memory, not ours */
 #define MAX_REFUSAL   4096   /* bytes kept of an error's text */
