@@ -15,6 +15,12 @@ begin() { # N: so many with each service, half by TCP, half by UDP
 	done
 }
 end() { local name; for name in $conversations; do flows_end "$name"; done; }
+# closed: the pods have said the last word of each; one that comes when all is forgotten goes nowhere
+closed() {
+	local host
+	for host in pod-a pod-b pod-c pod-d; do on $host cat /proc/net/tcp /proc/net/tcp6; done |
+		awk '$4 ~ /^(0[1-9B]|0C)$/ && $4 != "06" { print; open = 1 } END { exit open }'
+}
 # shellcheck disable=SC2086 # words
 go_on() { round $conversations; }
 
@@ -51,6 +57,7 @@ end
 # Not the same ones back at once: node1's conntrack remembers them as they were, and calls
 # INVALID what acknowledges bytes that have gone by the other node.
 # And without flows of earlier ones, or who has the same port by chance is given another, by one node.
+check "ended: and closed" soon 20 closed
 for node in $nodes; do "$WIRE" forget "$(pins "$node")/ct_map" >/dev/null; done
 begin 4
 check "begun by the second node" go_on
