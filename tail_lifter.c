@@ -5761,6 +5761,7 @@ struct watch {
 	int64_t least;		 /* of the next pause */
 	unsigned failures;	 /* in a row */
 	bool listed;		 /* once: from then on as a stream */
+	bool watched;		 /* once: the server let us */
 	bool no_stream;		 /* the server cannot stream a list */
 	bool no_pages;		 /* paging was too slow for it: all in one */
 	bool lost;		 /* cut off, or could not connect: the server may be another by now */
@@ -6108,6 +6109,7 @@ static void watch_complete(struct api *a, struct model *m, struct watch *w)
 
 static void watch_follow(struct api *a, struct watch *w)
 {
+	w->watched = true;
 	watch_enter(a, w, WATCH_FOLLOWING, w->until - a->now);
 	if (w->failures || a->troubled & 1 << w->kind)
 		w->deadline = a->now + PROVEN;
@@ -6204,7 +6206,7 @@ static int watch_denied(struct api *a, struct model *m, struct watch *w, int cod
 		w->no_stream = true;
 		return AGAIN;
 	}
-	if (code == 403 && m->synced[w->kind] && w->failures < 5)
+	if (code == 403 && w->watched && w->failures < 5)
 		return AGAIN; /* a server that has just started does not know its RBAC yet */
 	if (code == 429 || code == 503)
 		w->least = w->http.retry_after < 60 ? w->http.retry_after * 1000 + 1 : PAUSE_BUSY;
